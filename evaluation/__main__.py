@@ -27,7 +27,7 @@ SCRIPTS = {
         "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"
     ),
     "experts": Script(
-        "experts", "15 min", "experts of a mixture in every format, and what they borrow from each other"
+        "experts", "1 h", "experts of a mixture in every format, and what those with few tokens are given"
     ),
     "bos": Script("bos", "10 min", "calibration and evaluation with and without a BOS token"),
     "pruning": Script("pruning", "1 h", "scores, repair, axes and allocations of structured pruning"),

@@ -1,14 +1,16 @@
-"""What do the experts of a mixture lose, and how much should one with few tokens borrow from the others?
+"""What do the experts of a mixture lose, and what should one with few tokens be given besides its own?
 
-    python -m evaluation experts [--quick] [--out FILE]
+    python -m evaluation experts [--resume] [--quick] [--out FILE]
 
 No mixture of experts is small enough to be at hand, so one is made of wikilm-8m: each of eight experts of a
 layer starts as its MLP with some noise, and a token goes to two of them (sparse upcycling, Komatsuzaki et al.
 2022, arXiv:2212.05055). The whole is trained on the text of WikiText-2 for STEPS steps, so that the router
 sends different words to different experts. It is written once, to out/models/wikilm-experts. Recipes are
 measured on the test part of the text, by the loss against that model. Rows that borrow other shares than the
-default (`routed_experts.OTHERS`) calibrate on less and less text. Half an hour; the result goes to
-results/experts.json. With --quick only --out is written.
+default (`routed_experts.OTHERS`) calibrate on less and less text, and so do rows with other shares of tokens
+with even inputs (`routed_experts.EVEN`). An hour; the result goes to results/experts.json, after each row.
+With --resume the rows that are there stay, and those that are lacking are measured. With --quick only --out
+is written.
 
     python -m evaluation experts --rival
 
@@ -23,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -35,7 +37,7 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS, WIKITEXT
 from evaluation.options import parser
 from evaluation.reference_models import FOLDER
-from evaluation.results import ROOT, ExpertsRow
+from evaluation.results import ROOT, ExpertsRow, Rows
 from evaluation.rivals import sequences
 from evaluation.rivals.environments import Environment
 from evaluation.rivals.score import fidelity
@@ -51,16 +53,25 @@ PLACE = FOLDER / "wikilm-experts"
 EXPERTS, CHOSEN, STEPS, AT_ONCE = 8, 2, 300, 8
 NOISE, RATE = 0.2, 2e-4
 NF4: Mapping[str, Any] = {"format": "nf4"}
-# sequences that calibrate, and what an expert borrows: tokens of others for each column of its inputs
+# sequences that calibrate, and what an expert is given: tokens for each column of its inputs
 SAMPLES, SHARES = (4, 16, 256), (0.0, 1 / 16, 0.25, 1.0, 4.0)
-STAGES: tuple[Mapping[str, Any], ...] = (
-    {**NF4, "experts": "keep"},
-    {**NF4, "rounding": "nearest"},
-    NF4,
-    {**NF4, "rounding": "learned"},
-    {"format": "int8", "rounding": "nearest"},
-    {"format": "w8a8"},
-    {"format": "w4a8"},
+CODEBOOK: Mapping[str, Any] = {"entries": 16}
+SPARSE: Mapping[str, Any] = {"pattern": "2:4"}
+KEPT = {"experts": "keep"}
+STAGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("quantize", {**NF4, **KEPT}),
+    ("quantize", {**NF4, "rounding": "nearest"}),
+    ("quantize", NF4),
+    ("quantize", {**NF4, "rounding": "learned"}),
+    ("quantize", {"format": "int8", "rounding": "nearest"}),
+    ("quantize", {"format": "w8a8"}),
+    ("quantize", {"format": "w4a8"}),
+    ("codebook", {**CODEBOOK, **KEPT}),
+    ("codebook", CODEBOOK),
+    ("sparsify", {**SPARSE, **KEPT}),
+    ("sparsify", SPARSE),
+    ("sparsify", {**SPARSE, "score": "wanda"}),
+    ("sparsify", {**SPARSE, "score": "magnitude"}),
 )
 
 
@@ -132,19 +143,48 @@ def trained(model: MixtralForCausalLM, ids: Tensor) -> MixtralForCausalLM:
     return model
 
 
-def measured(samples: int, stage: Mapping[str, Any], share: float, out: Path) -> ExpertsRow:
-    """A stage on the mixture, calibrated on so many sequences, where an expert borrows this share."""
-    data = DataSpec(source=WIKITEXT, samples=samples, length=LENGTH, evaluation_samples=64)
-    recipe = Recipe.model_validate({"stages": [{"quantize": dict(stage)}]})
-    with patch.object(routed_experts, "OTHERS", share):
+class Job(NamedTuple):
+    """A stage with its settings, the sequences that calibrate it, and what an expert is given."""
+
+    name: str
+    stage: Mapping[str, Any]
+    samples: int = SAMPLES[-1]
+    borrowed: float = routed_experts.OTHERS
+    evened: float = routed_experts.EVEN
+
+
+def jobs() -> list[Job]:
+    """All stages on the most text; then the shares that an expert borrows, on less and less of it, and those
+    with even inputs, where experts read fewer tokens than they have columns."""
+    found = [Job(*stage) for stage in STAGES]
+    found += [Job("quantize", NF4, samples, borrowed=share) for samples in SAMPLES for share in SHARES]
+    found += [Job("quantize", NF4, SAMPLES[0], evened=share) for share in SHARES]
+    found += [Job("quantize", NF4, SAMPLES[1], evened=0.0)]
+    found += [Job("sparsify", SPARSE, SAMPLES[0], evened=share) for share in (0.0, routed_experts.EVEN)]
+    return [job for place, job in enumerate(found) if job not in found[:place]]
+
+
+def measures(row: ExpertsRow, job: Job) -> bool:
+    """Whether a row is that of a job."""
+    same = ("name", "stage", "borrowed", "evened")
+    return row.tokens == job.samples * LENGTH and all(getattr(row, key) == getattr(job, key) for key in same)
+
+
+def measured(job: Job, out: Path) -> ExpertsRow:
+    """A stage on the mixture."""
+    data = DataSpec(source=WIKITEXT, samples=job.samples, length=LENGTH, evaluation_samples=64)
+    recipe = Recipe.model_validate({"stages": [{job.name: dict(job.stage)}]})
+    with patch.multiple(routed_experts, OTHERS=job.borrowed, EVEN=job.evened):
         report = run(recipe, out, made(), data, overwrite=True)
     tokens = [layer.get("expert_tokens") for layer in report.stages[0].model_dump()["per_layer"]]
     return ExpertsRow(
         **losses(report),
-        stage=dict(stage),
+        name=job.name,
+        stage=dict(job.stage),
         tokens=report.data.calibration_tokens,
         least_tokens=min((min(of) for of in tokens if of), default=None),
-        borrowed=share,
+        borrowed=job.borrowed,
+        evened=job.evened,
         size_bytes=int(known(report.compressed.size_bytes)),
     )
 
@@ -169,11 +209,13 @@ def rival(work: Path, threads: int) -> ExpertsRow:
     method = json.loads(written["facts"].read_text("utf-8"))["method"]
     size = sum(file.stat().st_size for file in (place / "model").glob("*.safetensors"))
     return ExpertsRow(
+        name="llm-compressor",
         **{name: found[name] for name in ("kl_nats_mean", "perplexity", "base_perplexity")},
         stage={"format": f"{method} (llm-compressor {version})"},
         tokens=text.calibration_tokens,
         least_tokens=None,
         borrowed=routed_experts.OTHERS,
+        evened=routed_experts.EVEN,
         size_bytes=size,
     )
 
@@ -201,9 +243,10 @@ def with_codes_of(model: Any, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure all stages on the most text, and the shares on less and less of it."""
+    """Measure all stages on the most text, and on less and less of it what an expert is given."""
     options = parser("experts", __doc__)
     options.add_argument("--quick", action="store_true", help="two rows")
+    options.add_argument("--resume", action="store_true", help="the rows that the result file lacks")
     options.add_argument("--rival", action="store_true", help="llm-compressor alone")
     options.add_argument(
         "--work",
@@ -217,19 +260,13 @@ def main(argv: Sequence[str]) -> int:
         merged = results.merge("experts", ("stage",), rival(given.work, given.threads), given.out)
         results.write("experts", machine.head(), {"model": PLACE.name, "rows": merged}, given.out)
         return 0
-    most = SAMPLES[-1]
-    jobs = [(most, stage, routed_experts.OTHERS) for stage in STAGES]
-    others = [(samples, share) for samples in SAMPLES for share in SHARES]
-    jobs += [
-        (samples, NF4, share)
-        for samples, share in others
-        if (samples, share) != (most, routed_experts.OTHERS)
-    ]
-    rows = list[ExpertsRow]()
+    held = results.load(results.RESULTS, "experts", Rows[ExpertsRow]) if given.resume else None
+    rows = [*held.rows] if held else []
+    wanted = [job for job in jobs() if not any(measures(row, job) for row in rows)]
     with tempfile.TemporaryDirectory() as folder:
-        for samples, stage, share in jobs[:2] if given.quick else jobs:
-            rows.append(measured(samples, stage, share, Path(folder) / "out"))
+        for job in wanted[:2] if given.quick else wanted:
+            rows.append(measured(job, Path(folder) / "out"))
             print(rows[-1], file=sys.stderr, flush=True)
-    if given.out or not given.quick:
-        results.write("experts", machine.head(), {"model": PLACE.name, "rows": rows}, given.out)
+            if given.out or not given.quick:
+                results.write("experts", machine.head(), {"model": PLACE.name, "rows": rows}, given.out)
     return 0

@@ -227,13 +227,19 @@ class BosRow(Facts):
 
 
 class ExpertsRow(Loss):
-    """A quantisation of a mixture: `tokens` calibrated it, of which the expert with the fewest read
-    `least_tokens`; each expert borrowed `borrowed` tokens of others for each column of its inputs."""
+    """A stage on a mixture, or a rival: `tokens` calibrated it, of which the expert with the fewest read
+    `least_tokens`.
 
+    For each column of its inputs each expert borrowed `borrowed` tokens of others, and was given `evened`
+    tokens with even inputs if it read fewer tokens than it has columns.
+    """
+
+    name: str
     stage: dict[str, Any]
     tokens: int
     least_tokens: int | None
     borrowed: float
+    evened: float
     size_bytes: int
 
 

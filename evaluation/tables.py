@@ -227,39 +227,53 @@ def outliers(results: Results) -> str:
 
 
 def experts(results: Results) -> str:
-    """Formats on a mixture, then what an expert borrows by how much text calibrates."""
+    """Stages on a mixture, then what an expert is given by how much text calibrates: tokens of others, and
+    tokens with even inputs."""
     if (result := results.load("experts", Rows[ExpertsRow])) is None:
         return ""
     most = max(row.tokens for row in result.rows)
-    usual = result.rows[0].borrowed
-    formats = [row for row in result.rows if row.tokens == most and row.borrowed == usual]
+    borrowed, evened = result.rows[0].borrowed, result.rows[0].evened
     lines = [
-        [named(row.stage), f"{row.size_bytes / 1e6:.1f}", f"{row.kl_nats_mean:.5f}", f"{row.perplexity:.3f}"]
-        for row in formats
+        [named(row), f"{row.size_bytes / 1e6:.1f}", f"{row.kl_nats_mean:.5f}", f"{row.perplexity:.3f}"]
+        for row in result.rows
+        if (row.tokens, row.borrowed, row.evened) == (most, borrowed, evened)
     ]
-    counts = {row.tokens: row.least_tokens for row in result.rows if row.stage == {"format": "nf4"}}
-    kl = {
-        (row.tokens, row.borrowed): row.kl_nats_mean for row in result.rows if row.stage == {"format": "nf4"}
-    }
-    shares = sorted({share for _, share in kl})
-    header = ["tokens", "least of an expert", *(f"{share:g} borrowed" for share in shares)]
-    borrowed = [
-        [f"{tokens:,}", str(counts[tokens]), *(f"{kl[tokens, share]:.5f}" for share in shares)]
-        for tokens in sorted(counts)
-    ]
+    nf4 = [row for row in result.rows if row.stage == {"format": "nf4"} and row.evened == evened]
+    others = [row for row in result.rows if row.borrowed == borrowed and row.tokens < most]
     base = f"Perplexity of the base: {result.rows[0].base_perplexity:.3f}."
     return joined(
         [
             f"{where(result.hardware, result.commit)} {base}\n",
-            table(["quantize", "MB", "nats/token", "perplexity"], lines),
-            table(header, borrowed),
+            table(["stage", "MB", "nats/token", "perplexity"], lines),
+            by_share(nf4, "borrowed", lambda row: row.borrowed),
+            by_share(others, "even", lambda row: row.evened),
         ]
     )
 
 
-def named(stage: Mapping[str, object]) -> str:
-    """A stage in words: its format, and what differs from the defaults."""
-    return ", ".join([str(stage["format"]), *(f"{k}: {v}" for k, v in stage.items() if k != "format")])
+def by_share(rows: Sequence[ExpertsRow], word: str, share_of: Callable[[ExpertsRow], float]) -> str:
+    """The KL of stages on each amount of text, by the share of tokens that an expert is given."""
+    shares = sorted({share_of(row) for row in rows})
+    header = ["stage", "tokens", "least of an expert", *(f"{share:g} {word}" for share in shares)]
+    found: dict[tuple[str, int], dict[float, ExpertsRow]] = {}
+    for row in rows:
+        found.setdefault((named(row), row.tokens), {})[share_of(row)] = row
+    lines = [
+        [
+            stage,
+            f"{tokens:,}",
+            str(min(row.least_tokens or 0 for row in of.values())),
+            *(f"{of[share].kl_nats_mean:.5f}" if share in of else "" for share in shares),
+        ]
+        for (stage, tokens), of in sorted(found.items(), key=lambda item: item[0][1])
+    ]
+    return table(header, lines)
+
+
+def named(row: ExpertsRow) -> str:
+    """A stage in words: its format or name, and what differs from the defaults."""
+    said = dict(row.stage)
+    return ", ".join([str(said.pop("format", row.name)), *(f"{key}: {value}" for key, value in said.items())])
 
 
 def bos(results: Results) -> str:
@@ -720,8 +734,9 @@ SECTIONS = (
     Section(
         "Experts of a mixture",
         "A mixture of eight experts made of wikilm-8m, whose layers send a token to two of them: `python -m "
-        "evaluation experts`. The second table is nf4 on less and less text: an expert borrows so many "
-        "tokens of the others for each column of its inputs, of which it has 256.",
+        "evaluation experts`. In the other tables an expert is given so many tokens for each column of its "
+        "inputs, of which it has 256 and 768: tokens of the others, and, if it read fewer tokens than it has "
+        "columns, tokens whose inputs are all equally large. The default of both is 0.25.",
         experts,
     ),
     Section(

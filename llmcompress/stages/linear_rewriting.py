@@ -40,13 +40,12 @@ from llmcompress.stages.base import (
 from llmcompress.stages.routed_experts import (
     KEEP,
     ExpertsRecord,
-    blended,
+    completed,
     expert_tokens,
     expert_turns,
     kept_experts,
     moments_bytes,
     starved_experts,
-    steadied,
 )
 
 Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that depend only on the shape of a linear
@@ -179,8 +178,8 @@ class Rewriting:
         """Rewrite the linears of a layer and put them in place. Returns the changed tensors by full name, and
         their errors.
 
-        The second moments of experts are `blended` and `steadied`, if weights depend on them, and dropped
-        once their linears are solved.
+        The second moments of experts are `completed`, if weights depend on them, and dropped once their
+        linears are solved.
         """
         tensors, linears, tokens = dict[str, Tensor](), list[LinearRecord](), dict[str, int]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
@@ -190,8 +189,7 @@ class Rewriting:
             moments = layer.moments(*experts, in_turn=True)
             tokens |= {linear: read.tokens for linear, read in moments.items()}
             if self.calibrated:
-                moments = blended(layer, moments)
-                moments = steadied(moments)
+                moments = completed(layer, moments)
             tensors |= self._rewritten(model, layer, layouts, [*moments], moments, linears)
         dense = {name: layer.module.get_parameter(name).data for name in kept_experts(model, layer, layouts)}
         tensors |= model.as_stored(dense, f"{layer.name}.")

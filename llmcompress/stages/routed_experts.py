@@ -19,6 +19,7 @@ from llmcompress.stages.base import LayerRecord, Stage
 KEEP = "experts: keep"  # why experts stay as they are
 AT_ONCE = 1 << 30  # bytes of second moments of experts that are in memory together
 OTHERS = 0.25  # tokens of other experts that an expert borrows, for each of its inputs' columns
+EVEN = 0.25  # tokens with even inputs that an expert with few tokens is given, for each of these columns
 
 
 class ExpertStage(Stage):
@@ -42,9 +43,10 @@ class ExpertStage(Stage):
 
 
 class ExpertsRecord(LayerRecord):
-    """What became of a layer; `expert_tokens` are the calibration tokens that each expert saw."""
+    """What became of a layer; `expert_tokens` are the calibration tokens that each expert saw, None for one
+    that is kept."""
 
-    expert_tokens: tuple[int, ...] | None = None
+    expert_tokens: tuple[int | None, ...] | None = None
 
 
 def replaced_parameters(model: LayerwiseModel) -> frozenset[str]:
@@ -80,7 +82,7 @@ def expert_turns(layer: DecoderLayer, linears: Collection[str]) -> Iterator[tupl
 
 def moments_bytes(model: LayerwiseModel, linears: Collection[str]) -> int:
     """The most bytes of second moments that a turn of experts holds, of those among `linears`, by full name;
-    twice while they are blended."""
+    twice while they are `completed`."""
     largest, shapes = 0, dict(model.linear_maps())
     for index in range(len(model.layers)):
         for of_parameter in model.anatomy.of_layer(index).expert_linears:
@@ -101,8 +103,14 @@ def _bytes(columns: int) -> int:
     return 2 * 4 * columns**2
 
 
-def blended(layer: DecoderLayer, routed: Mapping[str, Moments]) -> dict[str, Moments]:
-    """The second moments of experts that were read in one pass, with a share of the others'.
+def completed(layer: DecoderLayer, routed: Mapping[str, Moments]) -> dict[str, Moments]:
+    """The second moments that experts are solved under, from those that were read in one pass: they are
+    `blended`, then `steadied`."""
+    return {linear: steadied(moments) for linear, moments in blended(layer, routed)}
+
+
+def blended(layer: DecoderLayer, routed: Mapping[str, Moments]) -> Iterator[tuple[str, Moments]]:
+    """Yield the second moments of experts that were read in one pass, with a share of the others'.
 
     An expert that reads C columns and few tokens has singular moments, and later text will send it tokens
     that calibration sent to others. So the first linear of each expert, which reads the states that all
@@ -114,36 +122,37 @@ def blended(layer: DecoderLayer, routed: Mapping[str, Moments]) -> dict[str, Mom
     # the linears of the first parameter of the same module
     read_states = next(of for of in layer.anatomy.expert_linears if experts_of(of[0]) == module)
     if first not in read_states:
-        return dict(routed)
+        yield from routed.items()
+        return
     everyone = Moments(len(routed[first].H_CC), layer.device)
     for moments in routed.values():
         tokens = everyone.tokens + moments.tokens
         everyone = everyone.blended(moments, moments.tokens)
         everyone.tokens = tokens
     borrowed = OTHERS * len(everyone.H_CC)
-    return {linear: moments.blended(everyone, borrowed) for linear, moments in routed.items()}
+    for linear, moments in routed.items():
+        yield linear, moments.blended(everyone, borrowed)
 
 
-def steadied(moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """The second moments of experts without directions that no token has.
+def steadied(moments: Moments) -> Moments:
+    """The second moments of an expert without directions that no token has.
 
-    Under singular moments, weights in such directions cost nothing, and levels, zeros or products that are
+    Under singular moments, weights in such directions cost nothing, and codes, zeros or products that are
     solved for may be anything there. So an expert that read fewer tokens than it has columns C is solved as
     if C / 4 tokens more were its own, whose inputs are all equally large.
     """
-    return {
-        linear: read.evened(OTHERS * len(read.H_CC)) if read.tokens < len(read.H_CC) else read
-        for linear, read in moments.items()
-    }
+    columns = len(moments.H_CC)
+    return moments.evened(EVEN * columns) if moments.tokens < columns else moments
 
 
-def expert_tokens(layer: DecoderLayer, tokens: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The tokens that each expert of a layer read, from those of linears; None if no expert was read."""
+def expert_tokens(layer: DecoderLayer, tokens: Mapping[str, int]) -> tuple[int | None, ...] | None:
+    """The tokens that each expert of a layer read, from those of linears: None for one whose linears are all
+    kept, and None instead of the tuple if no expert was read."""
     if not tokens:
         return None
     # the linears of an expert read the same tokens, and some of them may be kept
     each = zip(*layer.anatomy.expert_linears, strict=False)
-    return tuple(max(tokens.get(linear, 0) for linear in of_expert) for of_expert in each)
+    return tuple(next((tokens[linear] for linear in of if linear in tokens), None) for of in each)
 
 
 def starved_experts(layers: Sequence[ExpertsRecord], few: int) -> list[str]:
@@ -151,12 +160,14 @@ def starved_experts(layers: Sequence[ExpertsRecord], few: int) -> list[str]:
     experts.
 
     No calibrated format can be better than its data: the second moments of such an expert are singular, and
-    it borrows some of the others' (`blended`).
+    are `completed` with what it did not read.
     """
     lines = []
     for layer in layers:
         starved = [
-            f"{expert} ({tokens})" for expert, tokens in enumerate(layer.expert_tokens or ()) if tokens < few
+            f"{expert} ({tokens})"
+            for expert, tokens in enumerate(layer.expert_tokens or ())
+            if tokens is not None and tokens < few
         ]
         if starved:
             lines.append(

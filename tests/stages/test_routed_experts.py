@@ -33,8 +33,17 @@ from llmcompress.stages import routed_experts
 from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.linear_rewriting import Rewriting
 from llmcompress.stages.low_rank.stage import LowRank
+from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.solver import QuantizedLayer
-from llmcompress.stages.routed_experts import blended, expert_turns, moments_bytes, starved_experts, steadied
+from llmcompress.stages.quantize.stage import Quantize
+from llmcompress.stages.routed_experts import (
+    blended,
+    completed,
+    expert_turns,
+    moments_bytes,
+    starved_experts,
+    steadied,
+)
 from llmcompress.stages.sparsify.stage import Sparsify
 from tests.artefacts import (
     CPU,
@@ -315,14 +324,14 @@ def test_experts_with_few_tokens_borrow_and_those_with_none_take_every_input_ali
         for number, name in enumerate(first[1:]):
             x = noise(10, 64, seed=number)
             read[name].add(x, x + 1)
-        found = blended(layer, read)
+        found = dict(blended(layer, read))
         assert all(moments.gap_FC is not None for moments in found.values()), "whatever the others lack"
         own = read[first[1]].H_CC
         everyone = sum(moments.H_CC for moments in read.values()) / 4
         torch.testing.assert_close(found[first[0]].H_CC, everyone)
         torch.testing.assert_close(found[first[1]].H_CC, (10 * own + 16 * everyone) / 26)
         later = {name: Moments(192) for name in second}
-        assert blended(layer, later) == later, "what a later linear reads comes from its own expert"
+        assert dict(blended(layer, later)) == later, "what a later linear reads comes from its own expert"
 
 
 def test_each_expert_is_solved_under_its_moments_and_what_it_borrows() -> None:
@@ -341,23 +350,40 @@ def test_each_expert_is_solved_under_its_moments_and_what_it_borrows() -> None:
             (experts, later) = expert_turns(layer, layouts)  # attention and the second ones are cut by now
             for turn in (experts, later):
                 read = layer.moments(*turn)
-                wanted = steadied(blended(layer, read)) if calibrated else read
+                wanted = completed(layer, read) if calibrated else read
                 for linear, moments in wanted.items():
                     torch.testing.assert_close(given[f"{layer.name}.{linear}"].H_CC, moments.H_CC)
-            assert sum(facts.expert_tokens or ()) == 2 * tokens.numel()
+            assert sum(count or 0 for count in facts.expert_tokens or ()) == 2 * tokens.numel()
 
 
-def test_moments_of_few_tokens_are_steadied() -> None:
+def test_quantize_solves_experts_under_the_same_moments_as_the_stages_that_rewrite_linears() -> None:
+    model, tokens = outline(num_hidden_layers=1), torch.arange(48).reshape(2, 24)
+    model.divide_experts()
+    coding = Quantize(format="w4a16").coding(torch.float32)
+    rounding = Rounding(dict.fromkeys(model.anatomy.linears, coding), CPU)
+    for layer in walk(model, tokens, reference=True):
+        weights = {linear: layer.weight(linear).clone() for linear in rounding.codings}
+        found = rounding.in_turn(layer, weights)
+        for turn in expert_turns(layer, weights):  # what they read is final now
+            read = layer.moments(*turn)
+            for linear, moments in completed(layer, read).items():
+                solution = rounding.gptq(linear, weights[linear], moments)
+                assert torch.equal(solution.rounded.index_RC, found.solutions[linear].rounded.index_RC)
+            few = [linear for linear, moments in read.items() if moments.tokens < len(moments.H_CC)]
+            assert few, "or nothing is steadied"
+
+
+def test_moments_of_few_tokens_are_steadied_and_those_of_many_stay() -> None:
     few, many, none = Moments(8), Moments(8), Moments(8)
     few.add(noise(4, 8), noise(4, 8, seed=1))
     many.add(noise(8, 8))
-    found = steadied({"few": few, "many": many, "none": none})
-    assert found["many"] is many
+    assert steadied(many) is many
+    found, even = steadied(few), steadied(none)
     eye_CC, size = torch.eye(8), few.H_CC.diagonal().mean()
-    torch.testing.assert_close(found["few"].H_CC, (4 * few.H_CC + 2 * size * eye_CC) / 6)
-    torch.testing.assert_close(found["few"].gap_FC, known(few.gap_FC) * 4 / 6)
-    assert torch.equal(found["none"].H_CC, eye_CC) and found["none"].tokens == 0
-    assert found["few"].tokens == few.tokens
+    torch.testing.assert_close(found.H_CC, (4 * few.H_CC + 2 * size * eye_CC) / 6)
+    torch.testing.assert_close(found.gap_FC, known(few.gap_FC) * 4 / 6)
+    assert torch.equal(even.H_CC, eye_CC) and even.tokens == 0
+    assert found.tokens == few.tokens
 
 
 # How many at once, and what it takes.
@@ -391,10 +417,24 @@ def test_a_plan_counts_the_experts(kind: Any, text: Path, tmp_path: Path) -> Non
     assert known(reached.peak_memory_bytes) > known(kept.peak_memory_bytes)
 
 
+@pytest.mark.parametrize("name", [*STAGES, "quantize"])
+def test_an_expert_that_is_skipped_is_not_said_to_have_seen_no_token(
+    name: str, text: Path, tmp_path: Path
+) -> None:
+    skip = ["*_linears.3", "*.down_proj_linears.1"]
+    stage = {"quantize": {"format": "w4a16", "skip": skip}} if name == "quantize" else told(name, skip=skip)
+    report = run_recipe(recipe(text, small(tmp_path / "base"), stage, samples=2), tmp_path / "out")
+    (layer,) = report.stages[0].model_dump()["per_layer"]
+    seen = layer["expert_tokens"]
+    assert seen[3] is None and all(seen[expert] is not None for expert in (0, 1, 2, 4))
+    (note,) = [note for note in report.stages[0].notes if "calibration tokens" in note]
+    assert " 3 (" not in note
+
+
 def test_experts_that_saw_few_tokens_are_named() -> None:
     layers = [
         QuantizedLayer(name="a", expert_tokens=(5, 100, 2)),
         QuantizedLayer(name="b"),
-        QuantizedLayer(name="c", expert_tokens=(9,)),
+        QuantizedLayer(name="c", expert_tokens=(9, None)),
     ]
     assert starved_experts(layers, 6) == ["a: experts that saw fewer than 6 calibration tokens: 0 (5), 2 (2)"]

@@ -18,7 +18,7 @@ from llmcompress.integrations.expert_linears import SUFFIX
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.prune import structured
 from llmcompress.stages.prune.structured import Part, Reading, Score
-from llmcompress.stages.routed_experts import expert_turns, steadied
+from llmcompress.stages.routed_experts import completed, expert_turns
 
 
 def along(anatomy: Anatomy, axis: str) -> str | None:
@@ -42,7 +42,7 @@ def cut(
         for turn in expert_turns(layer, readers):
             moments = layer.moments(*turn, in_turn=True)
             tokens = {linear: read.tokens for linear, read in moments.items()}
-            for linear, read in steadied(moments).items():
+            for linear, read in completed(layer, moments).items():
                 expert = readers.index(linear)
                 found[expert] = _narrowed(layer, axis, linear, read, count, score, mend)
                 found[expert].tokens = tokens[linear]

@@ -24,7 +24,7 @@ from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
-from llmcompress.stages.routed_experts import blended, expert_turns
+from llmcompress.stages.routed_experts import completed, expert_turns
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
 
@@ -102,7 +102,7 @@ class Rounding:
         """Solve for the linears that read one input, put them in place with corrected biases, and go on to
         the next input. Processes divide the linears that read one input.
 
-        The second moments of experts are blended (`blended`), and dropped once their linears are solved.
+        The second moments of experts are `completed`, and dropped once their linears are solved.
         """
         found = LayerCodes()
         for consumers in layer.anatomy.consumers:
@@ -114,7 +114,7 @@ class Rounding:
             found.scales |= self.round_inputs(layer, experts, weights)
             routed = layer.moments(*experts, in_turn=True)
             found.tokens |= {linear: moments.tokens for linear, moments in routed.items()}
-            moments = blended(layer, routed)
+            moments = completed(layer, routed)
             self._solve(layer, experts, weights, moments, found)
             for linear, read in moments.items():
                 stored = found.solutions[linear].stored
