@@ -72,6 +72,10 @@ STAGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("sparsify", SPARSE),
     ("sparsify", {**SPARSE, "score": "wanda"}),
     ("sparsify", {**SPARSE, "score": "magnitude"}),
+    ("prune", {"axis": "expert", "keep": 6}),
+    ("prune", {"axis": "ffn", "keep": 0.75}),
+    ("prune", {"axis": "ffn", "keep": 0.75, "score": "wanda"}),
+    ("prune", {"axis": "ffn", "keep": 0.75, "score": "magnitude", "repair": False}),
 )
 
 

@@ -16,8 +16,10 @@ from bitsandbytes import functional
 from bitsandbytes.nn import modules
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmcompress.derivation.example_configs import example_config
+from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from tests.models import pico
@@ -281,7 +283,7 @@ import json, sys, torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 for folder in sys.argv[1:]:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -381,3 +383,16 @@ def test_a_live_model_saves_and_loads_with_plain_transformers(tmp_path: Path) ->
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, before)
         assert torch.equal(again(tokens).logits, before)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_transformers_has_no_native_codes_for_experts(family: str, tmp_path: Path) -> None:
+    """Once it has, a mixture whose experts are nf4 can be written so that plain transformers loads it."""
+    tiny_model(shrunk(example_config(family), 2), dtype=torch.float32).save_pretrained(tmp_path)
+    asked: Any = cast(Any, BitsAndBytesConfig)(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
+    coded = [name for name, each in model.named_parameters() if isinstance(each, Params4bit)]
+    stacks = [name for name, each in model.named_parameters() if each.dim() == 3]
+    assert len(coded) == 2 * 4 and len(stacks) == 2 * 2, (
+        "write experts natively where transformers loads them"
+    )
