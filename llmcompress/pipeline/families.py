@@ -20,6 +20,8 @@ from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import logging
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import Track, untracked
+from llmcompress.stages.prune.experts import AXIS as EXPERT
+from llmcompress.stages.prune.experts import are_called
 from llmcompress.stages.prune.stage import cuttable
 
 
@@ -76,10 +78,21 @@ def _facts(model_type: str) -> FamilyFacts:
         anatomy.level,
         derived=not in_table,
         share=linears / every,
-        axes=cuttable(proved),
+        axes=_cut(model, proved),
         turns=tuple(sorted(proved.turns or ())),
         why=tuple(sorted(kept)),
     )
+
+
+def _cut(model: PreTrainedModel, anatomy: Anatomy) -> tuple[str, ...]:
+    """The axes that `prune` cuts: experts only where each of them can be told apart by its work."""
+    layers = layers_at(model, anatomy.layers)
+    told = all(
+        are_called(layer, anatomy.of_layer(index))
+        for index, layer in enumerate(layers)
+        if anatomy.of_layer(index).experts
+    )
+    return tuple(axis for axis in cuttable(anatomy) if axis != EXPERT or told)
 
 
 def _weights(model: PreTrainedModel, each: Sequence[Anatomy]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.derivation.subject import Subject, paths_of_layers
 from llmcompress.errors import ModelError
 from llmcompress.modeling.model_config import skeleton
+from llmcompress.stages.prune.stage import cuttable
 
 
 def setting_of(model_type: str, **fields: Any) -> Setting:
@@ -132,6 +133,13 @@ def test_experts_are_left_out_unless_a_token_takes_some_of_each_group() -> None:
         assert not leaves_out(free, replace(axes, layouts=left_out)), place
     grouped = setting_of("glm4_moe", first_k_dense_replace=0, n_group=2, topk_group=1)
     assert not [axes for axes in proved_axes(grouped) if "expert" in axes.sizes]
+
+
+def test_heads_that_experts_share_are_not_cut_as_neurons_of_each() -> None:
+    """In JetMoE each expert has queries of its own, and all of them read the same keys and values."""
+    found = derived(skeleton(AutoConfig.for_model("jetmoe"), torch.float32))
+    assert found.cuts is not None and {"kv", "ffn"} <= found.cuts
+    assert cuttable(found) == ("ffn", "expert", "hidden")
 
 
 def test_an_open_field_stands_for_the_size_that_it_makes() -> None:

@@ -22,10 +22,25 @@ from llmcompress.stages.routed_experts import completed, expert_turns
 
 
 def along(anatomy: Anatomy, axis: str) -> str | None:
-    """The parameter of experts whose inputs run along an axis, if there is one, and each other matrix on the
-    axis is an expert's or of one part beside them."""
+    """The parameter of experts whose inputs run along an axis, if there is one, and what else is on the axis
+    is of the same experts, or of one part beside them with a reader of its own."""
     read = [name for name in anatomy.experts if axis in Spelling((_inputs(anatomy, name),)).axes]
-    return read[0] if len(read) == 1 and len(_dense_readers(anatomy, axis)) < 2 else None
+    if len(read) != 1:
+        return None
+    beside = [
+        name
+        for name, row in anatomy.layer.items()
+        if axis in Spelling.parse(row).axes
+        and name not in anatomy.experts
+        and _module(name) != _module(read[0])
+    ]
+    readers = _dense_readers(anatomy, axis)
+    return read[0] if len(readers) == (1 if beside else 0) else None
+
+
+def _module(name: str) -> str:
+    """The module that a parameter is in."""
+    return name.rpartition(".")[0]
 
 
 def cut(
@@ -80,9 +95,8 @@ def _narrowed(
 def _stacked(layer: DecoderLayer, axis: str, stack: str, experts: list[_Narrowed]) -> dict[str, Tensor]:
     """The parameters of all experts, without the neurons that go."""
     anatomy, tensors = layer.anatomy, dict[str, Tensor]()
-    module = stack.rpartition(".")[0]
     for name, row in anatomy.layer.items():
-        if name.rpartition(".")[0] != module and name not in anatomy.experts:
+        if _module(name) != _module(stack) and name not in anatomy.experts:
             continue
         whole, dims = layer.module.get_parameter(name).data, Spelling.parse(row).dims
         if name == stack:

@@ -30,12 +30,16 @@ def require_enough(model: LayerwiseModel, count: int) -> None:
 def require_called(model: LayerwiseModel, index: int) -> None:
     """Refuse experts that are not called with states, chosen experts and their weights. Errors:
     ModelError."""
-    experts = model.layers[index].get_submodule(_place(model.anatomy.of_layer(index)))
-    if len(inspect.signature(experts.forward).parameters) != 3:
+    if not are_called(model.layers[index], model.anatomy.of_layer(index)):
         raise ModelError(
             f"the experts of a {model.anatomy.family} model run on all tokens at once, and none can be told "
             "apart by its work; cut another axis"
         )
+
+
+def are_called(layer: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether the experts of a layer are called with states, chosen experts and their weights."""
+    return len(inspect.signature(layer.get_submodule(_place(anatomy)).forward).parameters) == 3
 
 
 def _place(anatomy: Anatomy) -> str:
