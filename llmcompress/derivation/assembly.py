@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -15,7 +15,7 @@ from llmcompress.derivation.drafts import Draft
 from llmcompress.derivation.readers import Readers
 from llmcompress.derivation.scales import Crossing
 from llmcompress.derivation.spelling import spelled
-from llmcompress.derivation.subject import Subject, kind_of, layers_at
+from llmcompress.derivation.subject import Subject, layers_at
 from llmcompress.errors import ModelError
 from llmcompress.integrations.linear_modules import is_linear
 from llmcompress.integrations.transformers_compat import Conv1D
@@ -36,12 +36,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Found:
-    """What is proved of a tiny model: of each kind of layer, and of its axes. `reads` are the dimensions of
+    """What is proved of a tiny model beside its kinds of layers: its axes. `reads` are the dimensions of
     its matrices that are inputs, `norm` is the module whose gain the head follows, and `by_batch` is whether
     the arguments of layers depend on the tokens."""
 
     subject: Subject
-    kinds: Mapping[Hashable, Kind]
     axes: Sequence[Axes]
     reads: frozenset[Place]
     norm: str | None
@@ -50,12 +49,12 @@ class Found:
     def anatomy(
         self,
         model: PreTrainedModel,
-        kinds: Sequence[Hashable],
+        kinds: Sequence[Kind | None],
         tied: Tied,
         turns: frozenset[str] = frozenset(),
     ) -> Anatomy:
-        """The facts of a model with layers of these kinds. Errors: ModelError if the tiny model lacks one of
-        them."""
+        """The facts of a model with layers of these kinds. Errors: ModelError for a layer whose kind the tiny
+        model lacks, given as None."""
         path = self.subject.path
         common = Anatomy(
             family=model.config.model_type,
@@ -84,11 +83,10 @@ class Found:
         return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
 
     def _layer(
-        self, common: Anatomy, model: PreTrainedModel, index: int, kind: Hashable, tied: Collection[str]
+        self, common: Anatomy, model: PreTrainedModel, index: int, found: Kind | None, tied: Collection[str]
     ) -> Anatomy:
         """The facts of one layer; its parameters that other layers have too stay as they are."""
         layer, text = layers_at(model, common.layers)[index], model.config.get_text_config(decoder=True)
-        found = self.kinds.get(kind)
         if found is None:
             raise ModelError(f"layer {index} is of a kind that no small model of this config has")
         readers, crossings = _untied(found, layer, tied) if tied else (found.readers, found.crossings)
@@ -122,12 +120,12 @@ class Found:
         )
 
 
-def fits(axes: Axes, model: PreTrainedModel, path: str, kinds: Mapping[Hashable, Kind], tied: Tied) -> bool:
+def fits(axes: Axes, model: PreTrainedModel, path: str, kinds: Sequence[Kind | None], tied: Tied) -> bool:
     """Whether in every layer of a model the dimensions fit the sizes of axes that its config says, and are
     of no parameter that other layers have too."""
     text = model.config.get_text_config(decoder=True)
-    for index, layer in enumerate(layers_at(model, path)):
-        if (kind := kinds.get(kind_of(layer))) is not None:
+    for index, (layer, kind) in enumerate(zip(layers_at(model, path), kinds, strict=True)):
+        if kind is not None:
             known = axes.in_model(text, index)
             if tied.get(index, set()) & {name for name, _ in axes.of(kind.name)}:
                 return False

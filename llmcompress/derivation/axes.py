@@ -35,8 +35,8 @@ from llmcompress.derivation.config_fields import (
     Setting,
 )
 from llmcompress.derivation.layouts import HEADS, PLAIN, fitting
+from llmcompress.derivation.scales import OFFSETS
 
-OFFSETS = (0.0, 1.0)  # a norm multiplies by its weight, or by one more
 CHOICES = 24  # of layouts of several fused weights that are tried together
 
 
@@ -55,16 +55,16 @@ def _feed_forward(setting: Setting) -> Iterator[Axes]:
     best: dict[str, Axes] = {}  # by layer
 
     def weight(axes: Axes, layer: str) -> tuple[int, int]:
-        read = [name for name, dim in axes.layouts if (name, dim) in setting.reads and name.startswith(layer)]
+        places = [(f"{layer}.{name}", dim) for name, dim in axes.of(layer)]
+        read = [name for name, dim in places if (name, dim) in setting.reads]
         return sum(prod(setting.shapes[name]) for name in read), axes.sizes[FFN]
 
-    layers = [f"{setting.subject.path}.{index}." for index in range(len(setting.subject.layers))]
+    layers = [f"{setting.subject.path}.{index}" for index in range(len(setting.subject.layers))]
     for layer in layers:
-        if here := [axes for axes in found if any(name.startswith(layer) for name, _ in axes.layouts)]:
+        if here := [axes for axes in found if axes.of(layer)]:
             best[layer] = max(here, key=lambda axes: weight(axes, layer))
     for axes in found:
-        of = [layer for layer in layers if any(name.startswith(layer) for name, _ in axes.layouts)]
-        if all(best[layer] is axes for layer in of):
+        if all(best[layer] is axes for layer in layers if axes.of(layer)):
             yield axes
 
 

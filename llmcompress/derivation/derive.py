@@ -99,11 +99,12 @@ def _derived(model: PreTrainedModel) -> Anatomy:
         for name, transposed in kinds[kind].readers.experts.items()
     }
     setting, tied = Setting.of(subject, experts), tied_in_layers(model, path)
-    axes = [each for each in proved_axes(setting) if fits(each, model, path, kinds, tied)]
-    found = Found(subject, kinds, axes, setting.reads, final_norm(subject), by_batch)
-    tiny = found.anatomy(subject.model, each_kind, {})
+    wanted = [kinds.get(kind_of(layer)) for layer in layers]
+    axes = [each for each in proved_axes(setting) if fits(each, model, path, wanted, tied)]
+    found = Found(subject, axes, setting.reads, final_norm(subject), by_batch)
+    tiny = found.anatomy(subject.model, [kinds[kind] for kind in each_kind], {})
     turns = frozenset[str]() if tied else proved_turns(subject, tiny)
-    return found.anatomy(model, [kind_of(layer) for layer in layers], tied, turns)
+    return found.anatomy(model, wanted, tied, turns)
 
 
 def _subject(model: PreTrainedModel) -> Subject:

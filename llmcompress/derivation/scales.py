@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from llmcompress.derivation.subject import LENGTH, Subject, same
 from llmcompress.integrations.layer_calls import entering, states_of
@@ -93,10 +92,7 @@ def proved_crossings(subject: Subject, index: int) -> list[Crossing]:
 @torch.no_grad()
 def prove_crossing(subject: Subject, index: int, crossing: Crossing) -> bool:
     """Whether the logits stay if random scales cross."""
-    changed = crossed(subject, index, crossing)
-    asked = {"input_ids": subject.tokens[0], "use_cache": False}
-    found = functional_call(subject.model, changed, kwargs=asked).logits.double()
-    return subject.distance(found) < subject.exact
+    return subject.distance_with(crossed(subject, index, crossing)) < subject.exact
 
 
 @torch.no_grad()
@@ -116,9 +112,7 @@ def final_norm(subject: Subject) -> str | None:
             changed = {f"{name}.weight": (gain + offset) * draw - offset, f"{own}.weight": head / draw}
             if isinstance(bias := module._parameters.get("bias"), Tensor):
                 changed[f"{name}.bias"] = bias * draw
-            asked = {"input_ids": subject.tokens[0], "use_cache": False}
-            found = functional_call(model, changed, kwargs=asked, tie_weights=False).logits.double()
-            if subject.distance(found) < subject.exact:
+            if subject.distance_with(changed, tied=False) < subject.exact:
                 return str(name)
     return None
 

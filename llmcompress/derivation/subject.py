@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
@@ -68,6 +69,14 @@ class Subject:
         width = (out if alone else out[0]).shape[-1]
         found = cls(model, path, layers, 0 if alone else len(out), tokens, expected, width)
         return replace(found, exact=min(max(EXACT, ROUNDINGS * found.rounding()), WIDEST))
+
+    @torch.no_grad()
+    def distance_with(self, changed: Mapping[str, Tensor], *, tied: bool = True) -> float:
+        """How far the logits are with some parameters changed, by full name; the other names of a tied one
+        change with it, if `tied`."""
+        asked = {"input_ids": self.tokens[0], "use_cache": False}
+        found = functional_call(self.model, dict(changed), kwargs=asked, tie_weights=tied)
+        return self.distance(found.logits.double())
 
     @torch.no_grad()
     def rounding(self) -> float:

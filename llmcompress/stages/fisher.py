@@ -65,18 +65,17 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
     None is known if the journal has no matrix of the layer, or if a norm follows the sublayer: the matrix
     does not reach through that norm. Nor does it where states are wider than what a sublayer writes.
     """
-    rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
+    anatomy = model.anatomy
     gains = {
         name.removesuffix(".weight")
-        for name, row in rows.items()
+        for name, row in anatomy.layer.items()
         if row == "hidden" and name.endswith(".weight")
     }
     # what follows is not known, or a norm that no linear follows, or no matrix of the layer
-    anatomy = model.anatomy
     if (
         anatomy.level < SCALES
         or anatomy.streams > 1
-        or gains - scale_pairs.keys()
+        or gains - anatomy.scale_pairs.keys()
         or not context.journal.has(FISHER, index)
     ):
         return None
