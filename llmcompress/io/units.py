@@ -2,6 +2,7 @@
 
 import re
 
+SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 NONE = "-"  # a value that was not measured
 
 
@@ -43,6 +44,12 @@ def seconds_of(text: str) -> float | None:
         return None
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(3600 * hours + 60 * minutes + seconds)
+
+
+def bytes_of(text: str) -> int | None:
+    """Parse a size: 100MB, 1.5GB, 700MiB, or a number of bytes. Returns None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?|)B?\s*", text.upper(), re.ASCII)
+    return int(float(found[1]) * SCALES[found[2]]) if found else None
 
 
 def number(value: float | None) -> str:

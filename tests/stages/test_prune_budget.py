@@ -127,6 +127,11 @@ def test_a_budget_out_of_reach_is_refused_with_the_least_there_is(stage: dict[st
             "{axis: [ffn, kv], parameters: 0.5, allocation: uniform}",
             "allocation: uniform with a budget is for one axis",
         ),
+        ("{axis: layer, keep: [1, 1]}", "a list of keep is for one of ffn, kv, q, not for layer"),
+        ("{axis: [ffn, kv], keep: [64, 64]}", "a list of keep is for one of ffn, kv, q, not for kv and ffn"),
+        ("{axis: ffn, keep: [64, 64], multiple: 8}", "says the width of every layer; leave allocation"),
+        ("{axis: ffn, keep: []}", "prune.keep"),
+        ("{axis: ffn, keep: [64, 0]}", "prune.keep"),
         ("{axis: layer, keep: 0.5, allocation: sensitivity}", "allocation is for ffn, kv, q, not for layer"),
         ("{axis: expert, keep: 2, repair: true}", "repair is for ffn, hidden, kv, q, not for expert"),
         ("{axis: expert, keep: 2, score: obs}", "score obs is not for axis expert; use activation"),
@@ -137,6 +142,35 @@ def test_a_wrong_budget_is_told_in_one_line(stage: str, why: str) -> None:
     with pytest.raises(RecipeError, match=why) as caught:
         Recipe.parse(f"stages: [prune: {stage}]")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        ([32, 32, 32], "keep lists 3 layers, and this model has 2"),
+        ([32, 80], 'keep 80 of axis "ffn" in layer 1, which has 64'),
+    ],
+)
+def test_a_list_of_widths_of_another_model_is_refused(keep: list[int], why: str) -> None:
+    stage = Prune.model_validate({"axis": "ffn", "keep": keep})
+    with pytest.raises(ModelError, match=why):
+        stage.changes(outline(intermediate_size=64))
+
+
+def test_widths_that_a_budget_found_give_the_same_bytes_as_a_list(tmp_path: Path) -> None:
+    text, base = write_text(tmp_path / "facts.txt"), save_base(tmp_path / "base")
+    data = {"source": str(text), "samples": 8, "length": 32, "evaluation_samples": 4}
+
+    def left_by(stage: dict[str, Any], out: str) -> tuple[dict[str, Any], bytes]:
+        entries = {"base": str(base), "data": data, "stages": [{"prune": {"axis": "ffn", **stage}}]}
+        report = run_recipe(Recipe.model_validate(entries), tmp_path / out)
+        return report.stages[0].model_dump(), (tmp_path / out / "model.safetensors").read_bytes()
+
+    found, weights = left_by({"parameters": 0.8, "multiple": 4}, "found")
+    assert len(set(found["widths"]["ffn"])) > 1, "the layers of this base lose unequally"
+    listed, again = left_by({"keep": found["widths"]["ffn"]}, "listed")
+    assert listed["widths"] == found["widths"]
+    assert again == weights
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ cut.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -14,10 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from llmcompress.errors import ModelError
 from llmcompress.io.safe_parsing import MOST_COUNTED, MOST_STORED
+from llmcompress.io.units import bytes_of
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import Settings
 
-SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 HEADER = 160  # most bytes of a file's header for a tensor, and for the header itself
 NEAR = 0.01  # relative tolerance within which a budget is to be reached
 STEPS = (64, 32, 16, 8, 4, 2, 1)  # multiples of a width; kernels prefer the first ones
@@ -26,8 +25,17 @@ STEPS = (64, 32, 16, 8, 4, 2, 1)  # multiples of a width; kernels prefer the fir
 class Budget(Settings):
     """`keep`, or `parameters`, or `size`; with `multiple`."""
 
-    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="units that stay in each layer, or layers that stay: a share or a number"
+    keep: (
+        Annotated[float, Field(gt=0, le=1)]
+        | Annotated[int, Field(ge=1, le=MOST_COUNTED)]
+        | Annotated[
+            tuple[Annotated[int, Field(ge=1, le=MOST_COUNTED)], ...], Field(min_length=1, strict=False)
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="units that stay in each layer, or layers that stay: a share or a number; of `ffn`, `kv` "
+        "or `q` also a list with a number for each layer",
     )
     parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = (
         Field(
@@ -50,10 +58,10 @@ class Budget(Settings):
     def _bytes(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", value.upper())
+        found = bytes_of(value)
         if found is None:
             raise ValueError("is no size; write bytes, or 100MB, 1.5GB, 700MiB")
-        return int(float(found[1]) * SCALES[found[2]])
+        return found
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Budget:
@@ -103,6 +111,8 @@ class Budget(Settings):
     ) -> tuple[int, ...]:
         """Units of an axis that stay in layers of `sizes` units, if all lose alike. Errors: ModelError as
         `layers`."""
+        if isinstance(self.keep, tuple):
+            return _listed(axis, self.keep, sizes)
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) if size else 0 for size in sizes)
         allowed = self.allowed(model)
@@ -132,18 +142,19 @@ class Budget(Settings):
     def count(self, axis: str, size: int, multiple: int) -> int:
         """Units of `size` that stay by `keep`. Errors: ModelError if more would stay than there are, or all
         of them by rounding."""
-        assert self.keep is not None
-        if isinstance(self.keep, int):
-            if self.multiple and self.keep % self.multiple:
-                raise ModelError(f'keep {self.keep} of axis "{axis}" is no multiple of {self.multiple}')
-            count = self.keep
-        elif self.keep == 1:
+        keep = self.keep
+        assert keep is not None and not isinstance(keep, tuple), "a list is for single layers"
+        if isinstance(keep, int):
+            if self.multiple and keep % self.multiple:
+                raise ModelError(f'keep {keep} of axis "{axis}" is no multiple of {self.multiple}')
+            count = keep
+        elif keep == 1:
             return size
         else:
-            count = max(multiple, round(self.keep * size / multiple) * multiple)
+            count = max(multiple, round(keep * size / multiple) * multiple)
         if count >= size:
             raise ModelError(
-                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of '
+                f'keep {keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of '
                 f"{multiple}): nothing would be cut; use a smaller keep or multiple"
             )
         return count
@@ -159,3 +170,17 @@ class Budget(Settings):
             f"{said} can't be reached: what this stage may cut leaves at least {least} of "
             f"{self.spent(model)} {unit}; allow more, or cut other axes too"
         )
+
+
+def _listed(axis: str, keep: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The units that stay in each layer by a list. Errors: ModelError if it is not one of this model."""
+    if len(keep) != len(sizes):
+        raise ModelError(
+            f"keep lists {len(keep)} layers, and this model has {len(sizes)}; give one number each"
+        )
+    for index, (count, size) in enumerate(zip(keep, sizes, strict=True)):
+        if count > size > 0:
+            raise ModelError(
+                f'keep {count} of axis "{axis}" in layer {index}, which has {size}; give at most as many'
+            )
+    return tuple(count if size else 0 for count, size in zip(keep, sizes, strict=True))

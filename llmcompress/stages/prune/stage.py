@@ -112,6 +112,13 @@ class Prune(Budget, Stage):
             )
         if len(self.axes) > 1 and self.keep is None and self.allocation == "uniform":
             raise ValueError(f"allocation: uniform with a budget is for one axis, not {spoken}")
+        if isinstance(self.keep, tuple):
+            if len(self.axes) > 1 or self.axes[0] not in INNER:
+                raise ValueError(f"a list of keep is for one of {', '.join(sorted(INNER))}, not for {spoken}")
+            if self.allocation or self.multiple:
+                raise ValueError(
+                    "a list of keep says the width of every layer; leave allocation and multiple"
+                )
         fitting = SCORES[self.axes[0]]
         if self.score and self.score not in fitting:
             raise ValueError(f"score {self.score} is not for axis {spoken}; use {' or '.join(fitting)}")
@@ -226,13 +233,16 @@ class Prune(Budget, Stage):
         if self.size is not None:
             return f"{amount(self.size, 'B')} before quantisation"
         units = " and ".join(UNITS[axis] for axis in self.axes)
+        if isinstance(self.keep, tuple):
+            return f"{min(self.keep)} to {max(self.keep)} {units}"
         kept = self.keep or 1
         return f"{asked_percent(kept)} of the {units}" if kept < 1 else f"{kept} {units}"
 
     @property
     def needs_plugin(self) -> bool:
         """Whether layers have widths of their own, or lack an attention or feed-forward part."""
-        return self.sensitive or self.of_parts
+        listed = isinstance(self.keep, tuple) and len(set(self.keep)) > 1
+        return self.sensitive or self.of_parts or listed
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse to prune weights that are no longer plain matrices. Errors: ValueError."""
@@ -307,7 +317,7 @@ class Prune(Budget, Stage):
         return Facts(STAGE, notes=[f"{count} of {total} layers stay"], details=details)
 
     def _asked(self) -> dict[str, Any]:
-        return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
+        return self.model_dump(mode="json", include={"keep", "parameters", "size"}, exclude_none=True)
 
     def _said(self, sizes: Widths, cut: Cut, *, by_layer: bool) -> dict[str, Any]:
         """The settings of the stage and what it left, for the report."""
