@@ -157,7 +157,7 @@ class Variants:
             found = rounding.in_turn(layer, weights)
             aim = layer if target == "full" else replace(layer, reference=layer.inputs, _targets=[])
             rounding.learned(aim, weights, found, F_DD, steps=steps, seed=0)
-            return {name: rounding.weight(name, solution) for name, solution in found.solutions.items()}
+            return {name: solution.weight(CPU) for name, solution in found.solutions.items()}
 
         return self.score(change, reference=True)
 

@@ -83,15 +83,23 @@ def nearest(W_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
     return grid.codes[grid.nearest(W_RC)]
 
 
-def gptq(W_RC: Tensor, H_CC: Tensor, levels_GL: Tensor, rows: int, *, damp: float = 0.01) -> Tensor:
+def gptq(
+    W_RC: Tensor,
+    H_CC: Tensor,
+    levels_GL: Tensor,
+    rows: int,
+    *,
+    damp: float = 0.01,
+    factor: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Return the index [R, C] of the level that each weight takes, found as `algorithms.gptq.gptq` does on a
-    single grid.
+    single grid. `factor` is the `ordered_factor` of H, if it is known already.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: each row has the levels of its
     codebook.
     """
     grid, ones = Codebooks.of(levels_GL, rows), W_RC.new_ones(len(W_RC), 1)
-    return grid.codes[columnwise.gptq(W_RC, H_CC, ones, grid, damp=damp)]
+    return grid.codes[columnwise.gptq(W_RC, H_CC, ones, grid, damp=damp, factor=factor)]
 
 
 def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
@@ -247,8 +255,10 @@ def solve_codebook(
     snap: Snap | None = None,
     rounds: int = 3,
     damp: float = 0.01,
+    factor: tuple[Tensor, Tensor] | None = None,
 ) -> Palette:
     """Return codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
+    `factor` is the `ordered_factor` of H, if it is known already.
 
     Each codebook is the best one found, by tr(E H E^T) under storable levels: first the nearest levels of
     k-means, then the result of GPTQ, then that of each round of fitted levels and descended codes. So it
@@ -269,7 +279,7 @@ def solve_codebook(
     best = Palette(nearest(W_RC, levels, rows), levels, rows)
     least = losses(W_RC, best, H_CC)
     levels = snap(kmeans(W_RC, 1 / inverse_factor(H_CC, damp).square().sum(0), entries, rows))
-    index = gptq(W_RC, H_CC, levels, rows, damp=damp)
+    index = gptq(W_RC, H_CC, levels, rows, damp=damp, factor=factor)
     best, least = _better(W_RC, H_CC, Palette(index, levels, rows), best, least)
     for _ in range(rounds):
         levels, order = snap(fit_levels(W_RC, H_CC, index, levels, rows)).sort(dim=1, stable=True)
@@ -277,6 +287,13 @@ def solve_codebook(
         index = descend(W_RC, H_CC, index, levels, rows)
         best, least = _better(W_RC, H_CC, Palette(index, levels, rows), best, least)
     return best
+
+
+def solve_nearest(W_RC: Tensor, entries: int, rows: int, *, snap: Snap) -> Palette:
+    """Return the levels of k-means on the weights alone, and the nearest of them for each weight."""
+    rows = min(rows, len(W_RC))
+    levels = snap(kmeans(W_RC, W_RC.new_ones(W_RC.shape[1]), entries, rows))
+    return Palette(nearest(W_RC, levels, rows), levels, rows)
 
 
 def _better(W_RC: Tensor, H_CC: Tensor, new: Palette, old: Palette, least: Tensor) -> tuple[Palette, Tensor]:

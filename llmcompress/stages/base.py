@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_serializer, model_validator
 
 from llmcompress.architectures.spec import AXES
 from llmcompress.data.calibration import CalibrationData
@@ -178,6 +178,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     retired: ClassVar[Mapping[str, str]] = {}  # key -> what to write instead
+    newer: ClassVar[frozenset[str]] = frozenset()  # keys that are newer than the others
 
     @model_validator(mode="before")
     @classmethod
@@ -186,6 +187,17 @@ class Settings(BaseModel):
             if key in cls.retired:
                 raise ValueError(f"{key} is no key any more; {cls.retired[key]}")
         return entry
+
+    @model_serializer(mode="wrap")
+    def _older_keys_alone_unless_newer_are_set(self, handler: Any) -> Any:
+        """Leave out newer keys that have their defaults, so that recipes keep the digests that they had
+        before these keys."""
+        defaults = {key: type(self).model_fields[key].default for key in self.newer}
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if key not in defaults or value != defaults[key]
+        }
 
 
 class Stage(Settings):

@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcompress.algorithms.hessian import Moments, inverse_factor, ordered_factor
+from llmcompress.algorithms.hessian import Factors, Moments, inverse_factor
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.obs import remove
-from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.smoothing import fitted
 from llmcompress.formats import registry
-from llmcompress.formats.schemes import QuantScheme
-from llmcompress.kernels import column_loops
+from llmcompress.formats.schemes import GridScheme, QuantScheme
 from llmcompress.kernels import moments as half_moments
 from llmcompress.kernels.moments import HalfMoments
 from llmcompress.modeling.half_precision import half_precision
@@ -114,7 +113,7 @@ class Machine:
         return self._timed(("factor", C), made) * (columns / C) ** 3
 
     def solver(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
-        """Seconds to solve for the codes and scales of a weight [R, C] = `shape`, scales of one sign or both.
+        """Seconds to solve for a weight [R, C] = `shape` in a scheme, without factors of its second moments.
 
         A wide weight is timed at two widths, which tell apart what grows with the width and with its square.
         """
@@ -129,24 +128,14 @@ class Machine:
 
     def _solver(self, R: int, C: int, scheme: QuantScheme) -> float:
         def made() -> Run:
-            W_RC, H_CC, grid = self._random(R, C), self._moments_of(C), scheme.grid.to(self.device)
-            columns, factor = scheme.columns((R, C)), ordered_factor(H_CC, 0.01)
+            W_RC, moments = self._random(R, C), Moments(C, self.device)
+            moments.add(self._random(2 * C, C))
+            factors = Factors(moments)
+            assert factors.ordered  # computed before the solver is timed
+            return lambda: scheme.solve(W_RC, factors, scheme.static_scale(1.0))
 
-            def run() -> None:
-                solve(
-                    W_RC,
-                    H_CC,
-                    grid,
-                    columns,
-                    snap=scheme.snap,
-                    signs=scheme.signs,
-                    factor=factor,
-                    loops=column_loops.LOOPS,
-                )
-
-            return run
-
-        return self._timed(("solver", R, C, scheme), made)
+        seconds = self._timed(("solver", R, C, scheme), made)
+        return max(0.0, seconds - scheme.factorisations * self.factor(C))
 
     def nearest(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
         """Seconds to round a weight [R, C] = `shape` to nearest and to read it back."""
@@ -184,7 +173,7 @@ class Machine:
 
         return self._timed(("smoothing", tokens, rows, C), made) * PART * columns / C
 
-    def learning(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
+    def learning(self, shape: tuple[int, int], scheme: GridScheme) -> float:
         """Seconds of one training step of the codes and scales of a weight [R, C] = `shape`, without its
         passes."""
         R, C = shape

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
-
-from pydantic import model_serializer
+from typing import ClassVar
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.integrations.expert_linears import SUFFIX
@@ -25,11 +23,7 @@ EVEN = 0.25  # tokens with even inputs that an expert with few tokens is given, 
 class ExpertStage(Stage):
     """A stage that takes each expert of a mixture as a linear of its own, unless its `experts` is `keep`."""
 
-    @model_serializer(mode="wrap")
-    def _older_keys_alone_unless_experts_are_kept(self, handler: Any) -> Any:
-        """Leave out `experts` unless they are kept, so that recipes keep the digests that they had before
-        this key."""
-        return {key: value for key, value in handler(self).items() if key != "experts" or value == "keep"}
+    newer: ClassVar[frozenset[str]] = frozenset({"experts"})
 
     @property
     @abstractmethod

@@ -14,25 +14,26 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.formats import registry
 from llmcompress.formats.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import linear, stock
-from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from tests.models import noise
 
+GridScheme = FourBitScheme | Int8Scheme | IntegerScheme
 R, C = 64, 192
-FOUR_BIT: list[QuantScheme] = [
+FOUR_BIT: list[GridScheme] = [
     FourBitScheme("nf4", 64, False, torch.float32),
     FourBitScheme("nf4", 32, True, torch.float32),
     FourBitScheme("fp4", 64, True, torch.float32),
     FourBitScheme("fp4", 32, False, torch.float32),
 ]
-INTEGER: list[QuantScheme] = [
+INTEGER: list[GridScheme] = [
     IntegerScheme(IntegerLayout(format, activations, None if format.startswith("w8") else layer))
     for format, activations, layer in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
     if not format.startswith("w8") or layer == 64
 ]
-CODINGS: list[QuantScheme] = [*FOUR_BIT, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
+CODINGS: list[GridScheme] = [*FOUR_BIT, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
 
 
-def name_of(coding: QuantScheme) -> str:
+def name_of(coding: GridScheme) -> str:
     if isinstance(coding, FourBitScheme):
         return f"{coding.format}-{coding.group_size}{'-double' if coding.double_quant else ''}"
     return (
@@ -45,7 +46,7 @@ def name_of(coding: QuantScheme) -> str:
 every_coding = pytest.mark.parametrize("coding", CODINGS, ids=name_of)
 
 
-def input_scale(coding: QuantScheme) -> float | None:
+def input_scale(coding: GridScheme) -> float | None:
     """What the inputs are divided by, where that is stored: 3 standard deviations of noise fit."""
     return coding.static_scale(3.0)
 
@@ -55,7 +56,7 @@ def spread(scale_RG: Tensor) -> Tensor:
     return scale_RG.double().repeat_interleave(C // scale_RG.shape[1], dim=1)
 
 
-def drawn(coding: QuantScheme) -> RoundedWeight:
+def drawn(coding: GridScheme) -> RoundedWeight:
     """Any levels under any scales that the coding may be asked to store: within a factor of 10, of both signs
     if it says so."""
     generator = torch.Generator().manual_seed(1)
@@ -70,7 +71,7 @@ def drawn(coding: QuantScheme) -> RoundedWeight:
 
 
 @every_coding
-def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: QuantScheme) -> None:
+def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: GridScheme) -> None:
     rounded = drawn(coding)
     written = coding.store(rounded, input_scale(coding))
     again = coding.read(registry.tensors_of(written), C)
@@ -89,7 +90,7 @@ def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: Qu
 
 
 @every_coding
-def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: QuantScheme) -> None:
+def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: GridScheme) -> None:
     written = coding.nearest(noise(R, C), input_scale(coding))
     name, tensors = "model.layers.0.mlp.up_proj", registry.tensors_of(written)
     checkpoint = {f"{name}.{part}": tensor for part, tensor in tensors.items()}
@@ -101,7 +102,7 @@ def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: QuantScheme
 
 
 @every_coding
-def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
+def test_snapped_scales_are_near_those_asked_for(coding: GridScheme) -> None:
     """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level; else
     exactly."""
     scale_RG = drawn(coding).scale_RG
@@ -115,7 +116,7 @@ def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
 
 
 @pytest.mark.parametrize("coding", [Int8Scheme(0.0), *INTEGER], ids=name_of)
-def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(coding: QuantScheme) -> None:
+def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(coding: GridScheme) -> None:
     W_RC = noise(R, C, seed=2)
     W_RC[3], W_RC[5, 64:128] = 0.0, 0.0  # a dead row, and a dead layer of another
     found = registry.dequantize(coding.nearest(W_RC, input_scale(coding))).double()
@@ -137,7 +138,7 @@ def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(codi
 
 
 @every_coding
-def test_the_bits_are_those_of_the_tensors_but_for_one_scale_a_row(coding: QuantScheme) -> None:
+def test_the_bits_are_those_of_the_tensors_but_for_one_scale_a_row(coding: GridScheme) -> None:
     tensors = registry.tensors_of(coding.nearest(noise(R, C), input_scale(coding)))
     per_row = {"SCB", "weight_format", "weight_scale", "input_scale"}
     fixed = ("quant_map", "bitsandbytes", "nested_quant_map")  # the same whatever the size of the linear
@@ -201,7 +202,7 @@ def test_a_scale_for_all_inputs_is_there_for_static_activations_alone() -> None:
 
 
 def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
-    def steps(coding: QuantScheme) -> tuple[int | None, int]:
+    def steps(coding: GridScheme) -> tuple[int | None, int]:
         return coding.input_largest, coding.weight_largest
 
     assert (
@@ -221,7 +222,7 @@ def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
 
 
 @pytest.mark.parametrize("coding", [*FOUR_BIT, *INTEGER], ids=name_of)
-def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: QuantScheme) -> None:
+def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: GridScheme) -> None:
     assert coding.refusal((64, 192)) is None
     if isinstance(coding, IntegerScheme) and coding.scheme.group_size is None:
         assert coding.refusal((64, 200)) is None

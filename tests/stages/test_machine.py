@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from llmcompress.algorithms.hessian import Moments
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme
 from llmcompress.stages.machine import NARROW, ROWS, WIDE, WIDEST, Machine, machine_of
 from llmcompress.stages.quantize.stage import Quantize
 
 CPU = torch.device("cpu")
-NF4 = Quantize(format="nf4").coding(torch.float32)
+NF4 = FourBitScheme("nf4", 64, False, torch.float32)
 W8A8 = Quantize(format="w8a8").coding(torch.float32)
+BOOKS = CodebookScheme(CodebookLayout(8, 1, "float16"))
 
 
 def machine(known: Mapping[Hashable, float] | None = None) -> Machine:
@@ -40,7 +43,9 @@ def test_every_operation_takes_time() -> None:
         here.factor(64),
         here.solver((64, 64), NF4),
         here.solver((64, 64), W8A8),
+        here.solver((64, 64), BOOKS),
         here.nearest((64, 64), NF4),
+        here.nearest((64, 64), BOOKS),
         here.rounding(64, 64, W8A8),
         here.smoothing(64, 32, 64),
         here.learning((64, 64), NF4),

@@ -368,7 +368,7 @@ def test_quantize_solves_experts_under_the_same_moments_as_the_stages_that_rewri
             read = layer.moments(*turn)
             for linear, moments in completed(layer, read).items():
                 solution = rounding.gptq(linear, weights[linear], moments)
-                assert torch.equal(solution.rounded.index_RC, found.solutions[linear].rounded.index_RC)
+                assert torch.equal(solution.weight(CPU), found.solutions[linear].weight(CPU))
             few = [linear for linear, moments in read.items() if moments.tokens < len(moments.H_CC)]
             assert few, "or nothing is steadied"
 

@@ -17,12 +17,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.algorithms.codebook import solve_codebook
-from llmcompress.algorithms.hessian import Moments, retarget
-from llmcompress.algorithms.overflow import require_within
+from llmcompress.algorithms.hessian import Factors, Moments, retarget
 from llmcompress.architectures.spec import LINEARS
-from llmcompress.formats.base import DTYPES
-from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.registry import StoredWeight
+from llmcompress.formats.schemes import CodebookScheme
 from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
@@ -156,12 +155,8 @@ class Codebook(ExpertStage):
         return facts
 
 
-def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> CodebookWeight:
+def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> StoredWeight:
     """Solve for the codes and levels of a linear against the full model's outputs. Errors: Overflow for
     weights beyond the levels' dtype."""
-    require_within(W_RC, DTYPES[layout.dtype], "weights")
-    rows = layout.sharing(len(W_RC))
-    palette = solve_codebook(
-        retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap
-    )
-    return CodebookWeight.of(palette, layout)
+    factors = Factors(moments)
+    return CodebookScheme(layout).solve(retarget(W_RC.float(), moments, factors=factors), factors).stored

@@ -12,7 +12,7 @@ from llmcompress.architectures.spec import LINEARS
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
-from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme
 from llmcompress.io.journal import Journal
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
@@ -75,7 +75,7 @@ class Distill(DistillConfig, Stage):
         self.micro(self.length or 1)
         schemes = [scheme for result in before for scheme in result.schemes.values()]
         if self.train == "scales" and not any(
-            isinstance(each, FourBitScheme | CodebookLayout) for each in schemes
+            isinstance(each, FourBitScheme | CodebookScheme | CodebookLayout) for each in schemes
         ):
             raise ModelError(
                 "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; "

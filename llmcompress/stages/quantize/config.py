@@ -15,18 +15,26 @@ import torch
 from pydantic import Field, model_validator
 
 from llmcompress.errors import ModelError
+from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.integer import FORMATS, IntegerLayout
-from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from llmcompress.formats.schemes import (
+    CodebookScheme,
+    FourBitScheme,
+    Int8Scheme,
+    IntegerScheme,
+    QuantScheme,
+)
 from llmcompress.stages.base import Settings
 
 
 class FormatConfig(Settings):
-    """`format, group_size, double_quant, threshold, activations, range`: how linears are written, and what
-    their kernels round."""
+    """`format, group_size, double_quant, threshold, activations, range, entries`: how linears are written,
+    and what their kernels round."""
 
     retired: ClassVar[Mapping[str, str]] = {"block": "it is called group_size"}
+    newer: ClassVar[frozenset[str]] = frozenset({"entries"})
 
-    format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16"] = Field(
+    format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16", "codebook"] = Field(
         default="nf4",
         description="how linears are stored; `nf4`, `fp4` and `int8` load with transformers and "
         "bitsandbytes, the others with `import llmcompress`",
@@ -49,22 +57,32 @@ class FormatConfig(Settings):
     range: Literal["minmax", "percentile", "mse"] = Field(
         default="mse", description="how a stored scale is chosen, with `activations: static`"
     )
+    entries: Literal[4, 8, 16, 256] | None = Field(
+        default=None,
+        description="`codebook`: number of values that a row's weights take, 2, 3, 4 or 8 bits per index",
+    )
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> FormatConfig:
+        has = "no scales" if self.format == "codebook" else "one scale per row"
         belongs = {
             "group_size": (
-                self.format not in ("int8", "w8a8", "w8a16"),
-                f"4-bit formats; {self.format} has one scale per row",
+                self.format not in ("int8", "w8a8", "w8a16", "codebook"),
+                f"4-bit formats; {self.format} has {has}",
             ),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
             "threshold": (self.format == "int8", f"int8, not {self.format}"),
             "activations": (self.format in FORMATS, f"{', '.join(FORMATS)}, not {self.format}"),
             "range": (self.activations == "static", f"activations: static, not {self.activations}"),
+            "entries": (self.format == "codebook", f"codebook, not {self.format}"),
         }
         for name, (fits, where) in belongs.items():
             if name in self.model_fields_set and not fits:
                 raise ValueError(f"{name} is for {where}")
+        if self.format == "codebook" and self.entries is None:
+            raise ValueError(
+                "format: codebook needs entries, how many values the weights of a row take: 4, 8, 16 or 256"
+            )
         return self
 
     def coding(self, dtype: torch.dtype) -> QuantScheme:
@@ -73,6 +91,10 @@ class FormatConfig(Settings):
             return FourBitScheme(self.format, self.group_size, self.double_quant, dtype)
         if self.format == "int8":
             return Int8Scheme(self.threshold)
+        if self.format == "codebook":
+            assert self.entries is not None
+            kind = "bfloat16" if dtype is torch.bfloat16 else "float16"
+            return CodebookScheme(CodebookLayout(self.entries, 1, kind))
         return IntegerScheme(
             IntegerLayout(
                 self.format, self.activations, None if self.format.startswith("w8") else self.group_size

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from llmcompress.algorithms.logit_chunks import CPU_BYTES
 from llmcompress.algorithms.smoothing import EXPONENTS
-from llmcompress.formats.schemes import FourBitScheme, QuantScheme
+from llmcompress.formats.schemes import GridScheme, QuantScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages import fisher
 from llmcompress.stages.base import Estimate, Time, Workload
-from llmcompress.stages.cost import IN_TURN, SOLVER, TRAINING
+from llmcompress.stages.cost import FACTORS, IN_TURN, SOLVER, TRAINING
 from llmcompress.stages.quantize import sensitivity, smoothing
 from llmcompress.stages.quantize.embedding import apart
 from llmcompress.stages.quantize.sensitivity import spared
@@ -39,9 +39,9 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
     saved = 0.0
     for name, shape in shapes.items():
         spares = stage.protect if name in solved and spared(stored[name]) is None else 0.0
-        scales = 0 if isinstance(stored[name], FourBitScheme) else 32 * shape[0]
+        scheme = stored[name]
         # bits more than in the base
-        more = math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales
+        more = math.prod(shape) * (scheme.bits_of(shape) - model.bits_of(name)) + scheme.row_bits * shape[0]
         saved -= more * (1 - spares) / 8
     formats = ", ".join(dict.fromkeys(scheme.format for scheme in stored.values()))
     reasons = "; ".join(sorted(set(kept.values())))
@@ -76,7 +76,8 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
 def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
-    if stage.rounding == "learned" or stage.protect:
+    learning = any(isinstance(scheme, GridScheme) for _, scheme, _ in schemes)
+    if (stage.rounding == "learned" and learning) or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.protect:
         work = replace(work, tokens=min(work.tokens, sensitivity.TOKENS))
@@ -101,11 +102,13 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
     time += work.routed(2, half=half, factors=1)
+    time += Time({FACTORS: sum(scheme.factorisations * machine.factor(C) for (_, C), scheme, _ in schemes)})
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
-    if stage.rounding != "learned":
+    learning = [(shape, scheme) for shape, scheme, _ in schemes if isinstance(scheme, GridScheme)]
+    if stage.rounding != "learned" or not learning:
         return time
-    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme, _ in schemes)
+    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in learning)
     # the losses before and after
     time += Time({TRAINING: steps}) + work.passes(2, half=work.half_is_fast)
     return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.activation_quantization import Magnitudes, static_scale
-from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import Factors, Moments, metric_factor, retarget
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
-from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
-from llmcompress.formats.schemes import IntegerScheme, QuantScheme
-from llmcompress.kernels import column_loops
+from llmcompress.formats.schemes import GridScheme, GridSolution, IntegerScheme, QuantScheme, Solution
 from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
@@ -27,14 +25,6 @@ from llmcompress.stages.base import naming_layer
 from llmcompress.stages.routed_experts import completed, expert_turns
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Codes with scales as they are read back, and their stored form."""
-
-    rounded: RoundedWeight
-    stored: StoredWeight
 
 
 @dataclass
@@ -70,33 +60,19 @@ class Rounding:
         input_scale: float | None = None,
         factors: Factors | None = None,
     ) -> Solution:
-        """Solve for codes and scales under the second moments of the inputs, against the full model's outputs
-        if the moments know them.
+        """Solve for a linear in its scheme under the second moments of the inputs, against the full model's
+        outputs if the moments know them.
 
         `factors` are those of the moments, if other linears share them.
         """
         factors = factors or Factors(moments)
         W_RC = retarget(W_RC.float(), moments, factors=factors)
-        coding, grid = self.codings[linear], self.grid(linear)
-        solved = solve(
-            W_RC,
-            moments.H_CC,
-            grid,
-            coding.columns(tuple(W_RC.shape)),
-            snap=coding.snap,
-            signs=coding.signs,
-            factor=factors.ordered,
-            loops=column_loops.LOOPS,
-        )
-        return _stored(coding, solved, input_scale)
+        return self.codings[linear].solve(W_RC, factors, input_scale)
 
-    def grid(self, linear: str) -> Grid:
-        """The levels of a linear's weights."""
-        return self.codings[linear].grid.to(self.device)
-
-    def weight(self, linear: str, solution: Solution) -> Tensor:
-        """The weight [R, C] that a solution stands for."""
-        return solution.rounded.weight(self.grid(linear))
+    @property
+    def learning(self) -> dict[str, GridScheme]:
+        """The schemes whose codes and scales can be trained, by linear: those with a grid."""
+        return {linear: coding for linear, coding in self.codings.items() if isinstance(coding, GridScheme)}
 
     def in_turn(self, layer: DecoderLayer, weights: Mapping[str, Tensor]) -> LayerCodes:
         """Solve for the linears that read one input, put them in place with corrected biases, and go on to
@@ -180,27 +156,32 @@ class Rounding:
             if linear in self.known:
                 Q_RC = registry.dequantize(self.known[linear], device=self.device)
             else:
-                own = solved.get(linear)
-                solved[linear] = self._sent(layer, linear, own, owners[linear], found.scales.get(linear))
-                Q_RC = self.weight(linear, solved[linear])
+                sent = partial(self._sent, layer, linear, solved.get(linear), owners[linear])
+                solved[linear] = sent(weights[linear].shape[1], found.scales.get(linear))
+                Q_RC = solved[linear].weight(self.device)
             layer.set_weight(linear, Q_RC)
             if f"{linear}.bias" in layer.anatomy.layer:
                 shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
                 layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
 
     def _sent(
-        self, layer: DecoderLayer, linear: str, own: Solution | None, owner: int, input_scale: float | None
+        self,
+        layer: DecoderLayer,
+        linear: str,
+        own: Solution | None,
+        owner: int,
+        columns: int,
+        input_scale: float | None,
     ) -> Solution:
-        """Return the solution of the process that solved a linear, which has it as its `own`."""
+        """Return the solution of the process that solved a linear of so many columns, which has it as its
+        `own`."""
         processes = layer.shard.processes
         if processes.count == 1:
             assert own is not None
             return own
-        rounded = own.rounded if own else None
-        parts = {"index": rounded.index_RC, "scale": rounded.scale_RG} if rounded else {}
-        found = {name: part.to(self.device) for name, part in processes.sent(parts, owner).items()}
-        result = RoundedWeight(found["index"].long(), found["scale"])
-        return own or _stored(self.codings[linear], result, input_scale)
+        parts = processes.sent(own.parts() if own else {}, owner)
+        found = {name: part.to(self.device) for name, part in parts.items()}
+        return own or self.codings[linear].received(found, columns, input_scale)
 
     def _given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
         """The stored form of the linears whose codes are known, each with the static scale of its own
@@ -253,15 +234,20 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[float, float]:
-        """Train all linears of a layer together from the solutions that were `found` in turn, which are
-        replaced. Returns the layer's loss before and after.
+        """Train the linears of a layer that are `learning` together, from the solutions that were `found` in
+        turn, which are replaced. The others stay as they were solved. Returns the layer's loss before and
+        after.
 
         The loss is the error of the layer's output against the full model's, weighted by the output Fisher
         matrix. If training does not lower it, the start is kept. Processes divide the sequences of each step
         and add up their gradients.
         """
         shard = layer.shard
-        starts = {name: solution.rounded for name, solution in found.solutions.items()}
+        solutions = {
+            name: solution for name, solution in found.solutions.items() if isinstance(solution, GridSolution)
+        }
+        starts = {name: solution.rounded for name, solution in solutions.items()}
+        grids, codings = {name: solution.grid for name, solution in solutions.items()}, self.learning
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
         numbers = firsts(inputs)
@@ -288,7 +274,7 @@ class Rounding:
 
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
-            rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
+            rounded = {name: result.weight(grids[name]) for name, result in solution.items()}
             sizes = [len(hidden) for hidden in inputs]
             lost = sum(float(error(rounded, i)) * size for i, size in enumerate(sizes))
             return shard.processes.mean(lost / max(1, sum(sizes)), sum(sizes))
@@ -299,29 +285,20 @@ class Rounding:
         trained = learn(
             weights,
             starts,
-            {name: self.grid(name) for name in starts},
+            grids,
             lambda rounded, step: loss(rounded, order[step]),
             steps=steps,
-            snaps={name: self.codings[name].snap for name in starts},
+            snaps={name: codings[name].snap for name in starts},
             add=shard.processes.sum_,
         )
         ends = {
-            name: _stored(self.codings[name], result, found.scales.get(name))
-            for name, result in trained.items()
+            name: codings[name].solution(result, found.scales.get(name)) for name, result in trained.items()
         }
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
         if after < before:
-            found.solutions = ends
+            found.solutions |= ends
             found.stored |= {linear: solution.stored for linear, solution in ends.items()}
             for experts in expert_turns(layer, ends):
                 for linear, read in layer.moments(*experts).items():
                     found.errors[linear] = self.error(weights[linear], found.stored[linear], read)
         return before, after
-
-
-def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
-    return Solution(
-        # those of a whole layer are in memory at once, and a grid of all formats has at most 256 levels
-        RoundedWeight(result.index_RC.to(torch.uint8), coding.snap(result.scale_RG)),
-        coding.store(result, input_scale),
-    )

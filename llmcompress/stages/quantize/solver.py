@@ -195,7 +195,7 @@ class LayerQuantizer:
             found = rounding.nearest(layer, weights)
         else:
             found = rounding.in_turn(layer, weights)
-        if self.stage.rounding == "learned":
+        if self.stage.rounding == "learned" and rounding.learning:
             losses = rounding.learned(
                 layer,
                 weights,
@@ -256,7 +256,7 @@ def _record(
     return LinearRecord(
         name=name,
         format=coding.format,
-        bits=coding.bits,
+        bits=coding.bits_of((W_RC.shape[0], W_RC.shape[1])),
         relative_error=error,
         weight_error=weight_error(W_RC, Q_RC),
     )

@@ -23,7 +23,7 @@ from llmcompress.architectures.spec import AXES, LINEARS, R2, SCALES
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
-from llmcompress.formats.schemes import QuantScheme
+from llmcompress.formats.schemes import GridScheme, QuantScheme
 from llmcompress.integrations.distributed import By
 from llmcompress.integrations.linear_modules import replaced_modules
 from llmcompress.io.journal import Journal
@@ -60,11 +60,12 @@ ALONE = ("smooth", "rotate", "protect", "rounding")
 
 
 class Quantize(FormatConfig, ExpertStage):
-    """Stores the weights of linears in 8 or 4 bits; some formats round activations too."""
+    """Stores the weights of linears in 8 to 2 bits; some formats round activations too."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
+    newer: ClassVar[frozenset[str]] = FormatConfig.newer | ExpertStage.newer
     overrides: dict[str, Override] = Field(
         default={},
         description="other settings for some linears, by name (`*` matches anything) or by an axis they run "
@@ -122,9 +123,10 @@ class Quantize(FormatConfig, ExpertStage):
         return self
 
     def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
-        """With the rounding and its steps, if it has some. Weights that layers share can't be learned."""
-        shared = any(stage.shares for stage in before)
-        rounded = self.model_copy(update=self.unsaid(rounding="gptq" if shared else ROUNDINGS[effort]))
+        """With the rounding and its steps, if it has some. Weights that layers share can't be learned, and
+        codebooks are not."""
+        held = any(stage.shares for stage in before) or {each.format for each in self.formats} == {"codebook"}
+        rounded = self.model_copy(update=self.unsaid(rounding="gptq" if held else ROUNDINGS[effort]))
         if rounded.rounding != "learned":
             return rounded
         return rounded.model_copy(update=self.unsaid(steps=STEPS[effort]))
@@ -194,7 +196,7 @@ class Quantize(FormatConfig, ExpertStage):
 
     @property
     def bits(self) -> tuple[float, float]:
-        """The least and the most bits per weight, scales included."""
+        """The least and the most bits per weight, scales included, levels of codebooks excluded."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
 
@@ -217,7 +219,7 @@ class Quantize(FormatConfig, ExpertStage):
         """The bits per weight, and what else is spared or coded."""
         least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
         words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
-        if self.protect and NATIVE.get(self.format):
+        if self.protect and (NATIVE.get(self.format) or self.format == "codebook"):
             words += f", {asked_percent(self.protect)} of the weights kept in their dtype"
         return words + (", embedding in 8 bits" if self.embedding == "int8" else "")
 
@@ -317,7 +319,8 @@ class Quantize(FormatConfig, ExpertStage):
         # the head is the step after the last layer
         steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
-        if self.rounding == "learned" or self.protect:
+        learning = any(isinstance(coding, GridScheme) for coding in solved.values())
+        if (self.rounding == "learned" and learning) or self.protect:
             # of the full model, so before its embedding is rounded
             find_fisher(model, context, self.fisher_tokens)
         full, outer = settle_outer(model, context, chosen)
@@ -328,7 +331,7 @@ class Quantize(FormatConfig, ExpertStage):
             LayerQuantizer(self).walk(model, context, chosen, steps, full)
         facts = Facts(STAGE, kept=kept)
         shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
-        bits = {name: chosen[name].bits for name in shapes}
+        bits = {name: chosen[name].bits_of(shape) for name, shape in shapes.items()}
         unsaid = {
             "overrides",
             "threshold",
@@ -341,7 +344,7 @@ class Quantize(FormatConfig, ExpertStage):
         }
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
-        unsaid |= {"group_size"} if self.format in ("int8", "w8a8", "w8a16") else set()
+        unsaid |= {"group_size"} if self.format in ("int8", "w8a8", "w8a16", "codebook") else set()
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {
             "bits": mean_bits(bits, shapes)
         }
