@@ -34,7 +34,7 @@ class CompressError(Exception):
 
     def on_command_line(self) -> str:
         """Return the message with arguments spelled as options."""
-        return _printable(ARGUMENT.sub(r"--\1", self.message))
+        return _printable(ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", self.message))
 
 
 def _printable(line: str) -> str:

@@ -1,10 +1,12 @@
 """The border to the Hugging Face Hub: reads models, recipes and data sets at a commit, and pushes in one
 commit.
 
-Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name
-are fetched, so pickles and code in a repository are not. A recipe is read as bytes, and its size is checked
-before it is fetched. Files in the local cache are not fetched again and work without a network. The token is
-the user's own, from `hf auth login` or HF_TOKEN; no function here takes or shows one.
+Nothing that is fetched is executed, except the code of a model that the user allows (`io.own_code`). Only
+then is code fetched, at the commit of the weights. Otherwise only safetensors and the small files that
+transformers knows by name are fetched, so pickles and code in a repository are not. A recipe is read as
+bytes, and its size is checked before it is fetched. Files in the local cache are not fetched again and work
+without a network. The token is the user's own, from `hf auth login` or HF_TOKEN; no function here takes or
+shows one.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ SMALL = [
     "report.json",
 ]
 WEIGHTS = ["model*.safetensors"]
+CODE = ["*.py"]
 TERMS = "accept its terms on the Hub and log in with `hf auth login`"
 MEND = "correct the head of README.md beside the weights, which is then pushed as it is"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -84,17 +87,16 @@ def offline() -> bool:
 
 
 def fetch(
-    model: str, revision: str | None, *, weights: bool = True, wanted: str = "base"
+    model: str, revision: str | None, *, weights: bool = True, code: bool = False, wanted: str = "base"
 ) -> tuple[Path, str]:
     """Return the local folder of a model on the Hub, and its commit.
 
-    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the
-    user. Errors: ModelError if it cannot be fetched.
+    With `weights=False` only config, tokenizer and the like are fetched, with `code=True` also its code.
+    `wanted` is what the model is to the user. Errors: ModelError if it cannot be fetched.
     """
+    patterns = [*SMALL, *(WEIGHTS if weights else []), *(CODE if code else [])]
     with _asked(f"{wanted} {model}", revision, ModelError, "check the path or the network"):
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=SMALL + (WEIGHTS if weights else [])
-        )
+        folder = snapshot_download(model, revision=revision, allow_patterns=patterns)
     return Path(folder), Path(folder).name
 
 

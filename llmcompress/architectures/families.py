@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmcompress.architectures.auto_classes import has_own_code
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 
@@ -298,8 +299,14 @@ FAMILIES: Mapping[str, Anatomy] = {
 
 def table_of(config: Any) -> Anatomy | None:
     """Return the table that describes a model of this config, with its conditions open; None if none does."""
-    table = FAMILIES.get(config.model_type)
+    table = family_of(config)
     return None if table is None or table.refused(config) else table
+
+
+def family_of(config: Any) -> Anatomy | None:
+    """Return the table of a config's family; None if there is none, as for a model with code of its own,
+    whatever its model_type."""
+    return None if has_own_code(config) else FAMILIES.get(config.model_type)
 
 
 def anatomy_of(config: Any) -> Anatomy:
@@ -308,7 +315,7 @@ def anatomy_of(config: Any) -> Anatomy:
     Raises ModelError for a family that the table lacks, and for a config that the rows do not cover.
     """
     family = getattr(config, "model_type", "")
-    if family not in FAMILIES:
+    if family_of(config) is None:
         raise ModelError(
             f'"{family}" is not one of the families in the table ({", ".join(sorted(FAMILIES))})'
         )

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmcompress.architectures.families import FAMILIES
+from llmcompress.architectures.families import family_of
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import CompressError, ModelError
@@ -30,7 +30,7 @@ ALLOW = "allow_global_per_layer_attribute_access"
 def mixed(config: PretrainedConfig) -> bool:
     """Whether layers have widths of their own that transformers does not build: those of a family in the
     table."""
-    return config.model_type in FAMILIES and bool(getattr(config, "is_heterogeneous", False))
+    return family_of(config) is not None and bool(getattr(config, "is_heterogeneous", False))
 
 
 def config_of_layer(config: PretrainedConfig, index: int) -> PretrainedConfig:

@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from llmcompress.architectures.auto_classes import auto_class
+from llmcompress.architectures.auto_classes import auto_class, has_own_code
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, fields_for, mixed, overrides
 from llmcompress.architectures.shape_grammar import Spelling
@@ -40,16 +40,16 @@ def resized(
         if anatomy.cuts is not None
         else _of_table(config, anatomy, widths)
     )
-    why = _refusal(config.to_dict() | changes, anatomy, widths)
+    why = _refusal(config, changes, anatomy, widths)
     if (
         why is not None
-        and (twin := TWINS.get(anatomy.family))
+        and (twin := None if has_own_code(config) else TWINS.get(anatomy.family))
         and not any(getattr(config, name, False) for name in twin[2])
     ):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
         # transformers takes the tokenizer of an old Mistral to be damaged
         named |= {"transformers_version": transformers.__version__}
-        if _refusal(config.to_dict() | changes | named) is None:
+        if _refusal(config, changes | named) is None:
             return changes | named
     if why is not None:
         spoken = ", ".join(
@@ -163,7 +163,7 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
     if mixed(config):
         said = overrides(config)
         fields |= fields_for([said[index] for index in layers])
-    if (why := _refusal(whole | fields)) is not None:
+    if (why := _refusal(config, fields)) is not None:
         raise ModelError(
             f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep"
         )
@@ -186,20 +186,23 @@ def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
 
 def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
     """Return the config with some fields changed; it may become one of another family."""
-    found: PretrainedConfig = AutoConfig.for_model(**(config.to_dict() | dict(changes)))
+    fields = config.to_dict() | dict(changes)
+    build = type(config) if has_own_code(config) else AutoConfig.for_model
+    found: PretrainedConfig = build(**fields)
     return found
 
 
 def _refusal(
-    fields: Mapping[str, Any],
+    given: PretrainedConfig,
+    changes: Mapping[str, Any],
     anatomy: Anatomy | None = None,
     widths: Mapping[str, Sequence[int]] | None = None,
 ) -> str | None:
-    """Return why transformers builds no model from these fields, or None if it does. With proved axes, its
-    layers must have the given widths."""
+    """Return why transformers builds no model of a config with these changes, or None if it does. With proved
+    axes, its layers must have the given widths."""
     try:
         with init_empty_weights():
-            config = AutoConfig.for_model(**fields)
+            config = changed(given, changes)
             model = auto_class(config).from_config(config)
             if mixed(model.config):
                 table = anatomy_of(model.config)

@@ -50,27 +50,31 @@ def run(
     out_: options.Out = Path("compressed"),
     overwrite: options.Overwrite = False,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compress a model by a recipe and write the result. After a crash, the same command resumes."""
     from llmcompress.integrations import distributed
+    from llmcompress.io import own_code
     from llmcompress.modeling.sequential import untracked
     from llmcompress.pipeline.run import run_recipe
     from llmcompress.recipe import shipped
     from llmcompress.report.console import print_report
 
     steps, shown = shipped.resolve(recipe), track if distributed.first() else untracked
-    if time is not None:
-        effort = _fitting(steps, effort, time, base, data, device)
-    report = run_recipe(
-        steps, out_, base=base, data=data, effort=effort, overwrite=overwrite, device=device, track=shown
-    )
+    with own_code.permission(trust_remote_code):
+        if time is not None:
+            effort = _fitting(steps, effort, time, base, data, device)
+        report = run_recipe(
+            steps, out_, base=base, data=data, effort=effort, overwrite=overwrite, device=device, track=shown
+        )
     if not distributed.first():
         return
     print_report(report, out)
     after = " after `import llmcompress`" if report.plug_in else ""
+    code = ", trust_remote_code=True" if report.own_code else ""
     out.print(
         f"The compressed model lies in {out_}; load it{after} with "
-        f"{report.auto_class or 'AutoModelForCausalLM'}.from_pretrained({str(out_)!r})."
+        f"{report.auto_class or 'AutoModelForCausalLM'}.from_pretrained({str(out_)!r}{code})."
     )
 
 
@@ -82,16 +86,19 @@ def plan(
     effort: options.EffortWord = None,
     time: options.TimeLimit = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Estimate what a run would give and cost from the model's config alone; run nothing."""
+    from llmcompress.io import own_code
     from llmcompress.pipeline.plan import plan_recipe
     from llmcompress.recipe import shipped
     from llmcompress.report.console import print_plan
 
     steps = shipped.resolve(recipe)
-    if time is not None:
-        effort = _fitting(steps, effort, time, base, data, device)
-    found = plan_recipe(steps, base=base, data=data, effort=effort, device=device)
+    with own_code.permission(trust_remote_code):
+        if time is not None:
+            effort = _fitting(steps, effort, time, base, data, device)
+        found = plan_recipe(steps, base=base, data=data, effort=effort, device=device)
     print_plan(found.rows, found.notes, out)
 
 
@@ -144,6 +151,7 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of text.")] = 64,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure a model: perplexity with its interval, bytes, tokens/s, and the distance from a base."""
     from llmcompress.data.sources import PYTHON_DOCS, DataSpec
@@ -154,7 +162,14 @@ def evaluate(
     if json_file is not None:
         require_file(json_file, "--json")
     spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
-    result = measure(model, against=against, data=spec, device=device, track=track).to_dict()
+    result = measure(
+        model,
+        against=against,
+        data=spec,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        track=track,
+    ).to_dict()
     print_evaluation(result, out)
     if json_file is not None:
         write_file(json_file, json.dumps(result, indent=2) + "\n", "--json")
@@ -204,6 +219,7 @@ def reproduce(
     out_: options.OptionalOut = None,
     overwrite: options.Overwrite = False,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Run the recipe of a finished run again and compare: bit-equal, equal within tolerance, or what differs.
 
@@ -212,7 +228,16 @@ def reproduce(
     from llmcompress.pipeline.reproduce import reproduce as run_again
     from llmcompress.report.console import print_reproduction
 
-    found = run_again(name, base=base, data=data, out=out_, overwrite=overwrite, device=device, track=track)
+    found = run_again(
+        name,
+        base=base,
+        data=data,
+        out=out_,
+        overwrite=overwrite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        track=track,
+    )
     print_reproduction(found.verdict, found.differences, found.reported, found.again, out)
     if found.verdict == "different":
         sys.exit(AcceptError.exit_code)

@@ -94,4 +94,11 @@ OUT = typer.Option("--out", metavar="DIR", help="Folder for the result.")
 Out = Annotated[Path, OUT]
 OptionalOut = Annotated[Path | None, OUT]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that the model brings along (auto_map in its configs). Read it first.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,7 +1,7 @@
 """Every name of transformers outside its top level, for the rooms from `integrations` on.
 
-transformers may move or change these in any release, so pyproject.toml has an upper bound on its version. Two
-lower rooms import such names themselves: `io.tokenizer` and `formats`.
+transformers may move or change these in any release, so pyproject.toml has an upper bound on its version.
+Lower rooms import such names themselves: `io.own_code`, `io.tokenizer` and `formats`.
 tests/integrations/test_transformers_compat.py lists all of these names and the private attributes that are
 used, and checks that the installed version has them.
 """
@@ -20,6 +20,9 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bit
 from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
+from transformers.models.auto.auto_factory import (
+    add_generation_mixin_to_remote_model as add_generation_mixin_to_remote_model,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.architectures.families import FAMILIES, anatomy_of
+from llmcompress.architectures.families import anatomy_of, family_of
 from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
@@ -50,7 +50,7 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
-        if model.config.model_type in FAMILIES:
+        if family_of(model.config) is not None:
             anatomy = anatomy_of(model.config)
             build_layers(model, _layers(model, anatomy), anatomy)
         assigned, dtype = (

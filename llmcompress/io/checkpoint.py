@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmcompress.algorithms.overflow import all_finite
-from llmcompress.architectures.auto_classes import auto_class_name
+from llmcompress.architectures.auto_classes import auto_class_name, needs_own_code
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
@@ -299,7 +299,7 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; "
             "correct it"
         )
-    if auto_class_name(kind, architectures) is None:
+    if auto_class_name(kind, architectures) is None and needs_own_code(config) is None:
         found = architectures[0] if architectures else f"model_type {kind}"
         raise ModelError(
             f"{folder} is no causal language model ({found}), nor a multimodal one around it; give one whose "

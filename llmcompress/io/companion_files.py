@@ -8,8 +8,8 @@ file is a link, to its blobs; nowhere else.
 
 Two kinds of config entries are not copied either. One is a folder of the machine that wrote the config, which
 is of no use elsewhere. The other is `auto_map`, which names code of the repository that a model came from.
-That code is never copied, and none is needed, because only architectures that transformers itself implements
-are compressed.
+No code is needed where transformers itself implements a model. If the user lets a model run its own code
+(`io.own_code`), `auto_map` stays, and that code is copied too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ RIGHTS = (
 TRAVELS = (CONFIG, *TOKENIZER, *SETTINGS, *TEMPLATES, *RIGHTS)
 
 CONFIGS = (CONFIG, "tokenizer_config.json", "special_tokens_map.json", *SETTINGS)
-CODE = ("auto_map", "custom_pipelines")  # keys that name code of a repository
+MAP = "auto_map"
+CODE = (MAP, "custom_pipelines")  # keys that name code of a repository
 ORIGINS = ("_name_or_path", "name_or_path")  # keys that name where a model or a tokenizer was loaded from
 FILES = (
     "tokenizer_file",
@@ -69,11 +70,11 @@ FILES = (
 WORDS = ("added_tokens_decoder", "chat_template")
 
 
-def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
+def kept(folder: Path, also: Collection[str] = (), *, code: bool = False) -> dict[str, bytes]:
     """The files of a folder that are copied, by name, with the content that `shareable` leaves; `also` are
     further names of its tokenizer."""
     return {
-        str(file.relative_to(folder)): _content(file)
+        str(file.relative_to(folder)): _content(file, code)
         for file in _named(folder, also)
         if is_inside(file, folder)
     }
@@ -102,7 +103,7 @@ def is_inside(file: Path, folder: Path) -> bool:
     return cached and any(real.is_relative_to(place / "blobs") for place in (repository, repository.parent))
 
 
-def _content(file: Path) -> bytes:
+def _content(file: Path, code: bool) -> bytes:
     """The content of a file as it is copied: unchanged, except for configs, which `shareable` filters."""
     raw = file.read_bytes()
     if file.name not in CONFIGS:
@@ -111,15 +112,16 @@ def _content(file: Path) -> bytes:
         fields = json.loads(raw)
     except ValueError:  # whoever loads the model will report it
         return raw
-    if not isinstance(fields, dict) or (left := shareable(fields)) == fields:
+    if not isinstance(fields, dict) or (left := shareable(fields, code=code)) == fields:
         return raw
     return (json.dumps(left, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def shareable(fields: Mapping[str, Any]) -> dict[str, Any]:
+def shareable(fields: Mapping[str, Any], *, code: bool = False) -> dict[str, Any]:
     """A config without entries that name code of its repository or folders of the machine that wrote it;
-    nested entries included."""
-    return {key: _shareable(key, value) for key, value in fields.items() if not _stays(key, value)}
+    nested entries included. With `code` its own `auto_map` is left, for code that is copied too."""
+    left = {key: _shareable(key, value) for key, value in fields.items() if not _stays(key, value)}
+    return left | ({MAP: fields[MAP]} if code and MAP in fields else {})
 
 
 def _shareable(key: str, value: Any) -> Any:

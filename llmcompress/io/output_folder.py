@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import OutputError, argument
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import INDEX
 from llmcompress.io.companion_files import CONFIG, kept, shareable
 from llmcompress.io.destination import appear, resolved, seen
@@ -190,9 +191,11 @@ class Writer:
         with writing(self.out):
             self._shards[-1].close({"format": "pt"})
             self._name_shards(len(self._shards))
-            for name, content in kept(self.base, vocabulary_files(self.base)).items():
+            code = own_code.carried(self.base)
+            files = kept(self.base, vocabulary_files(self.base), code=bool(code))
+            for name, content in (code | files).items():
                 self._put(name, content)
-            self._put(CONFIG, _json(shareable(config)))
+            self._put(CONFIG, _json(shareable(config, code=bool(code))))
         return self.artifact
 
     def _name_shards(self, total: int) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-from llmcompress.errors import ModelError
+from llmcompress.errors import CompressError, ModelError
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import read_json
-from llmcompress.io.companion_files import CONFIG, RIGHTS, kept, links_out, shareable
+from llmcompress.io.companion_files import CONFIG, MAP, RIGHTS, kept, links_out, shareable
 from llmcompress.io.safetensors_writer import sync, writing
 
 SETTINGS = "tokenizer_config.json"
@@ -94,15 +95,22 @@ AROUND = (
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model, without running code from there. Raises ModelError if there is none,
-    or if it needs code of its own."""
-    if (name := _own_class(folder)) is not None:
-        raise ModelError(
-            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run "
-            "here); save one there that transformers has itself, as a tokenizer.json"
-        )
+    """Load the tokenizer beside a model. Raises ModelError if there is none, or if it needs code of its own,
+    which the user has not allowed."""
+    allowed = own_code.runs(folder)
+    name = _outside(folder) if allowed else _own_class(folder)
+    if name is not None and not allowed:
+        raise own_code.refusal(f"the tokenizer of {folder}", name)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if name is not None:
+            kind: Any = own_code.class_of(folder, name)
+            kind.register_for_auto_class()  # so that its code is saved with it
+            found: PreTrainedTokenizerBase = kind.from_pretrained(folder, trust_remote_code=True)
+            return found
+        known = {"config": _own_config(folder)} if allowed else {}
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
+    except CompressError:
+        raise
     except Exception as error:  # tokenizers raise bare Exceptions
         raise ModelError(
             f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there"
@@ -137,8 +145,10 @@ def require_portable(
     Errors: ModelError, OutputError.
     """
     with writing(within), tempfile.TemporaryDirectory(dir=within) as scratch:
-        files = kept(folder, vocabulary_files(folder))
-        for name, content in (files | {CONFIG: json.dumps(shareable(config)).encode()}).items():
+        code = own_code.carried(folder)
+        files = code | kept(folder, vocabulary_files(folder), code=bool(code))
+        written = json.dumps(shareable(config, code=bool(code))).encode()
+        for name, content in (files | {CONFIG: written}).items():
             _put(Path(scratch) / name, content)
         keep_tokens(Path(scratch), tokenizer, folder)
 
@@ -242,12 +252,24 @@ def _own_class(folder: Path) -> str | None:
     """The class outside transformers, as `file.Class`, that a folder's tokenizer needs, or None if
     transformers has its class."""
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
-    listed = settings.get("auto_map")
-    named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
-    outside = next((name for name in _each(named) if name), None)
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     known = isinstance(name, str) and "Tokenizer" in name and tokenizer_class_from_name(name) is not None
-    return None if known else outside
+    return None if known else _outside(folder)
+
+
+def _own_config(folder: Path) -> Any:
+    """The config of a model by the class beside it, which may run; None if it brings none."""
+    named = _fields(folder / CONFIG).get(MAP)
+    reference = named.get("AutoConfig") if isinstance(named, dict) else None
+    kind: Any = own_code.class_of(folder, str(reference)) if reference else None
+    return kind.from_pretrained(folder) if reference else None
+
+
+def _outside(folder: Path) -> str | None:
+    """The class that a folder's tokenizer names in `auto_map`, the fast one if there are two."""
+    listed = _fields(folder / SETTINGS).get(MAP)
+    named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
+    return next(reversed([*_each(named)]), None)
 
 
 def _each(named: Any) -> Iterator[str]:

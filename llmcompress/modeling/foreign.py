@@ -63,10 +63,11 @@ class WholeModel:
         size = size_bytes(folder)
         _require_memory(folder, size, device)
         options: dict[str, Any] = {"device_map": {"": device}} if device.type != "cpu" else {}
+        config = load_config(folder)
         try:
             with no_progress_bar():
-                model, info = auto_class(load_config(folder)).from_pretrained(
-                    folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+                model, info = auto_class(config).from_pretrained(
+                    folder, config=config, use_safetensors=True, output_loading_info=True, **options
                 )
         except Exception as error:  # each method raises its own errors; all say that it can't be loaded here
             why = " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,11 +19,14 @@ from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from llmcompress.architectures.auto_classes import auto_class
-from llmcompress.architectures.families import FAMILIES
+from llmcompress.architectures.auto_classes import auto_class, has_class, needs_own_code, own_auto_class_name
+from llmcompress.architectures.families import family_of
 from llmcompress.architectures.per_layer import mixed
 from llmcompress.errors import CompressError, ModelError
+from llmcompress.integrations.own_classes import own_config
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Entry, read_json
+from llmcompress.io.companion_files import MAP
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # 126 layers are the most so far
@@ -56,17 +59,30 @@ SMALL = (
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """Load the config of a model within bounds. Errors: ModelError, which names the field if it is known."""
+    """Load the config of a model within bounds, and let its auto class build the model: with the code beside
+    it, if the user allows that. Errors: ModelError, which names the field if it is known."""
     fields = read_json(folder / "config.json")
     require_bounded(folder, fields)
+    own = own_code.runs(folder) and isinstance(fields.get(MAP), Mapping)
+    if not own and (named := needs_own_code(fields)) is not None:
+        raise own_code.refusal(folder, named)
+    config: PretrainedConfig
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if own:
+            config = own_config(folder, fields[MAP])
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except CompressError:
+        raise
     except Exception as error:  # each family raises its own errors; all of them say that the config is wrong
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise ModelError(
             f"{folder} has a config.json that does not load ({why}{_field(fields, why)}); take another base"
         ) from None
     require_sizes(folder, config)
+    named = own_auto_class_name(fields.get(MAP))
+    if not own and named is not None and not has_class(config):
+        raise own_code.refusal(folder, fields[MAP][named])
     if not hasattr(
         config, "tie_word_embeddings"
     ):  # classes of models that have two matrices may leave it out
@@ -153,7 +169,7 @@ def _sizes(config: PretrainedConfig) -> dict[str, Any]:
     """The fields that count something, by name: those of the table of families, or what all decoders have."""
     if mixed(config):
         return {}
-    anatomy, text = FAMILIES.get(config.model_type), config.get_text_config(decoder=True)
+    anatomy, text = family_of(config), config.get_text_config(decoder=True)
     names = ["num_hidden_layers", *(anatomy.sizes.values() if anatomy else ("hidden_size", "vocab_size"))]
     return {name: value for name in names if (value := getattr(text, name, None)) is not None}
 

@@ -10,9 +10,10 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.architectures.auto_classes import auto_class
+from llmcompress.architectures.auto_classes import OWN, auto_class
 from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import RecipeError
+from llmcompress.io import own_code
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import no_progress_bar
@@ -40,6 +41,7 @@ def compress(
     data: str | DataSpec | None = None,
     effort: Effort | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> tuple[PreTrainedModel, Report]: ...
 
@@ -55,6 +57,7 @@ def compress(
     effort: Effort | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> Report: ...
 
@@ -69,6 +72,7 @@ def compress(
     effort: Effort | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> Report | tuple[PreTrainedModel, Report]:
     """Compress a model by a recipe.
@@ -92,6 +96,9 @@ def compress(
             where the recipe does not say them. Without any, text is as for `balanced`.
         device: `cpu` or `cuda`; the first GPU where there is one.
         overwrite: replace a finished result in `out`.
+        trust_remote_code: let the base run code of its own, which lies beside its weights and which
+            `auto_map` in its configs names. It is copied to `out`. Teachers and students run theirs only if
+            it is the same.
         track: callable that shows progress; it takes an iterable, a description and the number of items,
             and yields the items.
 
@@ -101,15 +108,16 @@ def compress(
     """
     told = recipe_of(recipe)
     if out is None:
-        loaded, words = _in_memory(model, told, tokenizer)
-        return apply_recipe(
-            told.model_copy(update={"data": data_of(told, data)}),
-            loaded,
-            words,
-            effort=effort,
-            device=device,
-            track=track,
-        )
+        with own_code.permission(trust_remote_code):
+            loaded, words = _in_memory(model, told, tokenizer)
+            return apply_recipe(
+                told.model_copy(update={"data": data_of(told, data)}),
+                loaded,
+                words,
+                effort=effort,
+                device=device,
+                track=track,
+            )
     run = partial(
         run_recipe,
         told,
@@ -121,8 +129,11 @@ def compress(
         track=track,
     )
     if not isinstance(model, PreTrainedModel):
-        return run(base=None if model is None else os.fspath(model))
-    with scratch_folder() as folder, no_progress_bar():
+        with own_code.permission(trust_remote_code):
+            return run(base=None if model is None else os.fspath(model))
+    if type(model).__module__.startswith(OWN) and not trust_remote_code:
+        raise own_code.refusal("the model in memory", type(model).__name__)
+    with own_code.permission(trust_remote_code), scratch_folder() as folder, no_progress_bar():
         words = require_tokenizer(tokenizer)
         model.save_pretrained(folder)
         words.save_pretrained(folder)
@@ -136,6 +147,7 @@ def plan(
     data: str | DataSpec | None = None,
     effort: Effort | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Estimate what a run would give and cost from the model's config alone; no weight is read and nothing is
     run.
@@ -143,13 +155,14 @@ def plan(
     Arguments and errors are those of `compress`. Sizes are exact except for file headers; times are right to
     a factor of about two.
     """
-    return plan_recipe(
-        recipe_of(recipe),
-        base=None if model is None else os.fspath(model),
-        data=data,
-        effort=effort,
-        device=device,
-    )
+    with own_code.permission(trust_remote_code):
+        return plan_recipe(
+            recipe_of(recipe),
+            base=None if model is None else os.fspath(model),
+            data=data,
+            effort=effort,
+            device=device,
+        )
 
 
 def recipe_of(recipe: AnyRecipe) -> Recipe:
@@ -178,7 +191,10 @@ def _in_memory(
         return model, require_tokenizer(tokenizer)
     name = recipe.base if model is None else os.fspath(model)
     found = find_base(name, recipe.revision if model is None else None)
+    own_code.trust(found.folder)
     config = config_of(found.folder, base=True)
     with no_progress_bar():
-        loaded: PreTrainedModel = auto_class(config).from_pretrained(found.folder, dtype="auto")
+        loaded: PreTrainedModel = auto_class(config).from_pretrained(
+            found.folder, config=config, dtype="auto"
+        )
     return loaded.eval(), tokenizer or tokenizer_of(found.folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.integrations import distributed
+from llmcompress.io import own_code
 from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import journal_folder
 from llmcompress.modeling.from_disk import DiskModel
@@ -55,7 +56,9 @@ class DiskStore:
         """Yield the journal of a stage, with what an earlier run finished, and a folder for temporary
         files."""
         folder = journal_folder(self.place, number)
-        key = _key(self.recipe, number, self._fingerprints, self.text)
+        code = own_code.digest_of(self.base) if own_code.runs(self.base) else None
+        read = [*self._fingerprints, *([code] if code else [])]
+        key = _key(self.recipe, number, read, self.text)
         with distributed.first_alone() as writes:
             journal = Journal(folder, key) if writes else None
         journal = journal or Journal(folder, key)

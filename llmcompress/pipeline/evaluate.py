@@ -25,6 +25,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import first_line
+from llmcompress.integrations.own_classes import let_build
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.kernels.float32_products import fast_float32_products
@@ -95,6 +97,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | DataSpec | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> Evaluation:
     """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1
@@ -106,12 +109,25 @@ def evaluate(
         tokenizer: the tokenizer of a model in memory; a model given by name brings its own.
         data: the text, as a `DataSpec` or as `--data` takes it.
         device: `cpu` or `cuda`; a quantised model in memory runs where it is.
+        trust_remote_code: let model and base run code of their own, which lies beside their weights.
         track: shows progress, as for `compress`.
 
     Raises:
         CompressError: model, base or text can't be read.
     """
-    where = pick_device(device)
+    with own_code.permission(trust_remote_code):
+        return _measured(model, against, tokenizer, data, pick_device(device), track)
+
+
+def _measured(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    against: str | os.PathLike[str] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: str | DataSpec | None,
+    where: torch.device,
+    track: Track,
+) -> Evaluation:
+    """Measure a model on a device, as `evaluate` says."""
     subject = _opened(model, where)
     words = require_tokenizer(tokenizer or subject.tokenizer)
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
@@ -141,6 +157,7 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
         return _of_live(model, device)
     name = os.fspath(model)
     folder = find_base(name, wanted="model").folder
+    own_code.trust(folder)
     config_of(folder)
     method = foreign_method(folder)
     if method is None:
@@ -156,6 +173,7 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
 def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
     """Wrap a model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
     forward."""
+    let_build(model)
     name = name_of(model)
     stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
     size = sum(stored.values())

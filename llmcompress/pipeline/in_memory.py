@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.architectures.auto_classes import auto_class
+from llmcompress.architectures.auto_classes import auto_class, has_own_code
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, mixed
 from llmcompress.data.sources import Effort
@@ -26,6 +26,7 @@ from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.expert_linears import divide, divided_in
+from llmcompress.integrations.own_classes import let_build
 from llmcompress.integrations.plain_modules import let_resize
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.layerwise import InMemoryModel
@@ -69,6 +70,7 @@ def apply_recipe(
         raise ModelError(
             "the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns"
         )
+    let_build(model)
     settled = recipe.with_effort(effort)
     resolved, state = resolve(settled, None, device), dict(model.state_dict())
     pinned, where = resolved.recipe, resolved.device
@@ -101,7 +103,18 @@ def apply_recipe(
     chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
     ran = as_it_ran(settled, text)
     report = report_of(
-        ran, before, after, measured, text, facts, cost, where, chosen, model.config, plain=source.plain
+        ran,
+        before,
+        after,
+        measured,
+        text,
+        facts,
+        cost,
+        where,
+        chosen,
+        model.config,
+        plain=source.plain,
+        code=has_own_code(model.config),
     )
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report

@@ -103,5 +103,6 @@ def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
     """Load the model that takes the place of the base."""
     with scratch_folder() as folder, no_progress_bar():
         place = student_folder(name, folder, seed)
-        model: PreTrainedModel = auto_class(load_config(place)).from_pretrained(place)
+        config = load_config(place)
+        model: PreTrainedModel = auto_class(config).from_pretrained(place, config=config)
     return InMemoryModel(model.config, dict(model.state_dict()), device)

@@ -19,6 +19,7 @@ from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
 from llmcompress.errors import CompressError, argument
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout
+from llmcompress.io import own_code
 from llmcompress.io.units import amount, duration
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import meta_model
@@ -84,6 +85,7 @@ def plan_recipe(
     """
     recipe.require_own_names(base=base, data=data)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
+    own_code.trust(found.folder)
     settled = recipe.with_effort(effort)
     config, resolved = config_of(found.folder, base=True), resolve(settled, data, device)
     spec, model = resolved.data, meta_model(found.folder, config, resolved.device)

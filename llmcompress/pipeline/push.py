@@ -2,10 +2,10 @@
 there.
 
 The files are listed by name, so that nothing which happens to lie in the folder is published by accident. The
-list holds what llmcompress wrote, the weights, and the files that travel beside weights
-(`io.companion_files`). None of them names a path of this machine: report, recipe and card are made
-`for_others`. The report and the recipe in the folder keep such paths, so that `reproduce` finds base and text
-again. A card that its owner has edited stays as it is, except for such paths.
+list holds what llmcompress wrote, the weights, the code that the configs name (`io.own_code`), and the files
+that travel beside weights (`io.companion_files`). None of them names a path of this machine: report, recipe
+and card are made `for_others`. The report and the recipe in the folder keep such paths, so that `reproduce`
+finds base and text again. A card that its owner has edited stays as it is, except for such paths.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmcompress import hub
 from llmcompress.errors import OutputError
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import INDEX, Checkpoint
 from llmcompress.io.companion_files import CONFIG, is_inside, kept
 from llmcompress.io.local_names import without
@@ -57,7 +58,9 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
     """
     report, recipe = Report.of(folder), Recipe.from_file(folder / RECIPE)
     require_own_recipe(report, recipe, folder)
-    files: dict[str, Path | bytes] = {**kept(folder, vocabulary_files(folder)), **_weights(folder)}
+    code = own_code.files_of(folder)
+    files: dict[str, Path | bytes] = {**code, **kept(folder, vocabulary_files(folder), code=bool(code))}
+    files |= _weights(folder)
     files |= {name: folder / name for name in PICTURES if _is_there(folder, name)}
     told = recipe.for_others(report)
     shared = for_others(report, repo).model_copy(update={"recipe_digest": told.digest})

@@ -48,9 +48,10 @@ def report_of(
     config: PretrainedConfig,
     *,
     plain: bool,
+    code: bool,
 ) -> Report:
     """Build the report of a run on a model of `config`; `plain` says whether transformers loads the result
-    without the plug-in."""
+    without the plug-in, `code` whether the result has code of its own."""
     loads = auto_class(config).__name__
     return Report(
         recipe_digest=recipe.digest,
@@ -58,6 +59,7 @@ def report_of(
         effort=effort,
         auto_class=None if loads == "AutoModelForCausalLM" else loads,
         plug_in=None if plain else True,
+        own_code=code or None,
         base=before,
         compressed=after,
         fidelity=measured.facts(),

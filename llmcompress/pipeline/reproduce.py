@@ -20,6 +20,7 @@ from llmcompress import hub
 from llmcompress.data.calibration import DEMO
 from llmcompress.data.sources import PYTHON_DOCS, DataSpec
 from llmcompress.errors import DataError, ModelError, OutputError, argument
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.companion_files import shareable
 from llmcompress.io.destination import resolved
@@ -58,13 +59,15 @@ def reproduce(
     out: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> Reproduction:
     """Run the recipe of an artefact again and compare weights, config and numbers.
 
     `name` is a folder or `user/name@revision`. `base` and `data` take the place of those in the report; they
     are required if the report names what only its author has. The second artefact is kept in `out` if that is
-    given. Raises CompressError if the recipe can't be run or the text is not the same.
+    given. `trust_remote_code` lets the base run code of its own, as for `compress`. Raises CompressError if
+    the recipe can't be run or the text is not the same.
     """
     folder, recipe = _artefact(name)
     if out is not None:
@@ -77,7 +80,11 @@ def reproduce(
     text = text.model_copy(update={"bos": reported.data.bos is True})
     recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
     on_cpu = pick_device(device or "cpu").type == "cpu"
-    with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
+    with (
+        own_code.permission(trust_remote_code),
+        _threads(threads_of(reported.environment.device) if on_cpu else None),
+        scratch_folder() as scratch,
+    ):
         target = scratch / "again" if out is None else Path(out)
         again = run_recipe(
             recipe,

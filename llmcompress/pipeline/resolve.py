@@ -22,6 +22,7 @@ from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load
 from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import CompressError, ModelError, RecipeError, argument
 from llmcompress.integrations.transformers_compat import logging
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.tokenizer import tokenizer_of
@@ -48,8 +49,9 @@ def find_base(
 ) -> Base:
     """Find a base by folder, Hub id or `demo`, and fetch it if necessary.
 
-    With `weights=False` only its small files are fetched. `wanted` is the role of the model in messages to
-    the user. Raises RecipeError if no name is given, ModelError if there is no such model.
+    With `weights=False` only its small files are fetched, and its code only if the user allows code. `wanted`
+    is the role of the model in messages to the user. Raises RecipeError if no name is given, ModelError if
+    there is no such model.
     """
     if name is None:
         raise RecipeError(
@@ -65,7 +67,7 @@ def find_base(
             f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name"
         )
     repo, at = hub.split(name)
-    folder, commit = hub.fetch(repo, revision or at, weights=weights, wanted=wanted)
+    folder, commit = hub.fetch(repo, revision or at, weights=weights, code=own_code.is_given(), wanted=wanted)
     return Base(repo, folder, commit)
 
 
@@ -84,7 +86,8 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
 
 
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
-    """Return the config of a model. No weight is read and no code from the folder is run.
+    """Return the config of a model. No weight is read, and no code from the folder is run that the user has
+    not allowed.
 
     Raises ModelError if there is no config, if transformers does not know its kind, or if an adapter is
     beside it; with `base=True` also for what `run_recipe` refuses as a base.

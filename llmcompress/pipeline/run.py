@@ -20,6 +20,7 @@ from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import DataError, OutputError, argument, first_line
 from llmcompress.integrations import distributed
 from llmcompress.integrations.distributed import Processes
+from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard
@@ -84,6 +85,7 @@ def run_recipe(
         if isinstance(base, Base)
         else find_base(base or recipe.base, recipe.revision if base is None else None)
     )
+    _import_code(found.folder)
     config = config_of(found.folder, base=True)
     settled = recipe.with_effort(effort)
     resolved, tokenizer = resolve(settled, data, device), tokenizer_of(found.folder)
@@ -126,12 +128,34 @@ def run_recipe(
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
             report = report_of(
-                ran, before, after, measured, text, facts, cost, where, chosen, config, plain=stored[0].plain
+                ran,
+                before,
+                after,
+                measured,
+                text,
+                facts,
+                cost,
+                where,
+                chosen,
+                config,
+                plain=stored[0].plain,
+                code=bool(own_code.carried(found.folder)),
             )
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
     return Report.of(target)
+
+
+def _import_code(folder: Path) -> None:
+    """Let the base run code of its own, if the user allows it. One process copies it to transformers' cache,
+    before the others read it there."""
+    own_code.trust(folder)
+    if own_code.runs(folder):
+        with distributed.first_alone() as writes:
+            if writes:
+                config_of(folder, base=True)
+                tokenizer_of(folder)
 
 
 def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:

@@ -50,6 +50,10 @@ BOS = (
     "Every sequence of the text begins with the BOS token, as the model expects; what is predicted there is "
     "not scored."
 )
+OWN_CODE = (
+    "The model has code of its own: the `.py` files beside its weights, as they came with its base. Read "
+    "them before you load it.\n\n"
+)
 NO_SPEED = (
     "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are "
     "dense. Parameters are counted as stored, zeros left out."
@@ -218,9 +222,10 @@ def _loading(report: Report, repo: str | None) -> str:
         if repo
         else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
     )
+    code = ", trust_remote_code=True" if report.own_code else ""
     return f"""## Load it
 
-```
+{OWN_CODE if report.own_code else ""}```
 pip install {packages}
 ```
 
@@ -228,8 +233,8 @@ pip install {packages}
 {also}from transformers import {loads}, AutoTokenizer
 
 name = {named}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = {loads}.from_pretrained(name, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name{code})
+model = {loads}.from_pretrained(name, device_map="auto"{code})
 prompt = tokenizer("The first", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```"""

@@ -220,6 +220,7 @@ class Report(_Facts):
     effort: EffortFacts | None = None
     auto_class: str | None = None  # that loads the model, if it is not AutoModelForCausalLM
     plug_in: bool | None = None  # True if transformers loads the model only once llmcompress is imported
+    own_code: bool | None = None  # True if the model is loaded by code of its own, beside its weights
     base: ModelFacts
     compressed: ModelFacts
     fidelity: FidelityFacts
@@ -254,6 +255,7 @@ class Report(_Facts):
             (facts, "effort"),
             (facts, "auto_class"),
             (facts, "plug_in"),
+            (facts, "own_code"),
             *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
         ]
         for holder, key in optional:

@@ -383,8 +383,8 @@ WRONG_BASES: list[tuple[Callable[[Path], None], str]] = [
     (other_shapes, "does not fit its config.json"),
     (no_tokenizer, "has no tokenizer that loads"),
     (broken_tokenizer, "has no tokenizer that loads"),
-    (tokenizer_with_code, "has no tokenizer that loads"),
-    (model_with_code, "contains custom code"),
+    (tokenizer_with_code, "has code of its own (evil.Evil), which llmcompress does not run unasked"),
+    (model_with_code, "has code of its own (evil.Evil), which llmcompress does not run unasked"),
 ]
 
 

@@ -45,6 +45,10 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "convert_and_load_state_dict_in_model": {COMPAT},
         "rename_source_key": {COMPAT},
     },
+    "transformers.dynamic_module_utils": {
+        "get_class_from_dynamic_module": {"io.own_code"},
+        "get_relative_imports": {"io.own_code"},
+    },
     "transformers.integrations.bitsandbytes": {
         "Bnb4bitDeserialize": {COMPAT},
         "Bnb8bitDeserialize": {COMPAT},
@@ -54,6 +58,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "get_available_reporting_integrations": {COMPAT},
     },
     "transformers.modeling_utils": {"LoadStateDictConfig": {COMPAT}, "ModuleUtilsMixin": {COMPAT}},
+    "transformers.models.auto.auto_factory": {"add_generation_mixin_to_remote_model": {COMPAT}},
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {COMPAT}},
     "transformers.models.auto.tokenization_auto": {
         "TOKENIZER_MAPPING_NAMES": {"io.tokenizer"},

@@ -119,7 +119,7 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused_in_one_line(
     (base / "tok.py").write_text(EVIL)
     configure(base / "tokenizer_config.json", tokenizer_class=kind, auto_map=named)
     with pytest.raises(
-        ModelError, match=r"it needs code of its own, tok.MyTokenizer, which is never run here\); save one"
+        ModelError, match=r"the tokenizer of .* has code of its own \(tok.MyTokenizer\), .* run unasked"
     ):
         run_recipe(small_recipe(tmp_path / "text.txt", base), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -63,7 +63,12 @@ class Teacher(Protocol):
 
 def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
     """Return the output of a forward pass, without computing the logits. `vocabulary` limits the scores to
-    the first tokens."""
+    the first tokens. Errors: ModelError if the model's own code returns no hidden states."""
+    if not getattr(found, "hidden_states", None):
+        raise ModelError(
+            f"{type(model).__name__} returns no hidden states, which distill asks of it "
+            "(output_hidden_states=True); leave distill out"
+        )
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     cap = getattr(model.config, "final_logit_softcapping", None)
