@@ -37,6 +37,9 @@ SCRIPTS = {
     "compression-speed": Script(
         "compression_speed", "5 h", "seconds, memory and loss of our quantisers beside those of others"
     ),
+    "search": Script(
+        "search", "2 h", "what search finds within a size, beside single methods and random choices"
+    ),
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),

@@ -314,6 +314,21 @@ class HealingRow(Loss):
     commit: str
 
 
+class SearchRow(Loss):
+    """A model within a size: one that the search `found`, one of a `single` method, or one that is `random`
+    or was `drawn` for the rank correlation; with the loss that the search expected of it, if it did."""
+
+    model: str
+    kind: str
+    row: Name
+    size_bytes: int
+    share_of_bytes: float
+    expected_nats: float | None = None
+    second_order_nats: float | None = None
+    seconds: float
+    commit: str
+
+
 class SharingRow(Loss):
     """A way to make a model smaller, with its share of the base's bytes."""
 

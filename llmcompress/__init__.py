@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from llmcompress.pipeline.push import push as push
     from llmcompress.pipeline.reproduce import Reproduction as Reproduction
     from llmcompress.pipeline.reproduce import reproduce as reproduce
+    from llmcompress.pipeline.search import Searched as Searched
+    from llmcompress.pipeline.search import search as search
     from llmcompress.recipe.recipe import Accept as Accept
     from llmcompress.recipe.recipe import Recipe as Recipe
     from llmcompress.report.schema import Report as Report
+    from llmcompress.stages.budget.stage import Budget as Budget
     from llmcompress.stages.codebook.stage import Codebook as Codebook
     from llmcompress.stages.distill.stage import Distill as Distill
     from llmcompress.stages.low_rank.stage import LowRank as LowRank
@@ -51,6 +54,7 @@ _PUBLIC = {
     **dict.fromkeys(("compress", "plan"), "pipeline.api"),
     **dict.fromkeys(("Evaluation", "evaluate"), "pipeline.evaluate"),
     **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),
+    **dict.fromkeys(("Searched", "search"), "pipeline.search"),
     **dict.fromkeys(("Accept", "Recipe"), "recipe.recipe"),
     **dict.fromkeys(
         (
@@ -69,6 +73,7 @@ _PUBLIC = {
     "save_native": "integrations.bitsandbytes_saving",
     "DataSpec": "data.sources",
     "Report": "report.schema",
+    "Budget": "stages.budget.stage",
     "Codebook": "stages.codebook.stage",
     "Distill": "stages.distill.stage",
     "LowRank": "stages.low_rank.stage",

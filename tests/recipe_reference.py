@@ -77,6 +77,10 @@ stages:
 stages:
   - low_rank: {keep: 0.75, layers_per_basis: 2, skip: ["*.down_proj"]}
 """,
+    "budget": """\
+stages:
+  - budget: {size: 60MB, loads_with: transformers}
+""",
     "codebook": """\
 stages:
   - codebook: {entries: 16, per: group, rows: 4}

@@ -33,6 +33,7 @@ ROOMS = {
     "modeling": "a model, one decoder layer at a time: in memory, on disk, or as shapes alone",
     "stages": "what changes weights: one folder a stage, which imports no other stage's folder",
     "recipe": "recipes: YAML, schema, digest, and which stages may follow which",
+    "frontier": "the best model within a size: what each format costs each linear, and the choice",
     "pipeline": "the commands: order and bookkeeping, no algebra",
     "cli": "the command line: parsing, progress, exit codes",
     "__main__": "`python -m llmcompress`",
@@ -106,7 +107,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_no_stage_imports_another_stage() -> None:
     stages = {file.parent.name for file in PACKAGE.glob("stages/*/stage.py")}
-    assert len(stages) == 8
+    assert len(stages) == 9
     for module in MODULES:
         parts = module.split(".")
         if parts[0] == "stages" and len(parts) == 3:

@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmcompress.data.sources import Effort
     from llmcompress.recipe.recipe import Recipe
 
+FRONTIER = ("25%", "35%", "50%", "75%")  # sizes of `search --frontier`
 app = typer.Typer(
     name="llmcompress",
     no_args_is_help=True,
@@ -129,6 +130,57 @@ def _fitting(
         highlight=False,
     )
     return found
+
+
+@app.command()
+def search(
+    model: options.ModelName,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--size",
+            metavar="SIZE",
+            help="Bytes of the result, like 60MB, or a share of the base's, like 40%. May be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Also 25, 35, 50 and 75 % of the base.")
+    ] = False,
+    loads_with: Annotated[
+        Literal["transformers", "llmcompress"],
+        typer.Option("--loads-with", help="What is to load the result."),
+    ] = "llmcompress",
+    data: options.Data = None,
+    effort: options.EffortWord = None,
+    out_: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the recipes and the picture.")
+    ] = Path("searched"),
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Find the best model within a size, and write its recipe. After a crash, the same command resumes."""
+    from llmcompress.pipeline.search import search as find
+    from llmcompress.pipeline.search import write
+    from llmcompress.report.console import print_found
+
+    sizes = dict.fromkeys([*(size or ()), *(FRONTIER if frontier else ())])
+    if not sizes:
+        raise CompressError("search needs --size, like --size 40%, or --frontier")
+    searched = find(
+        model,
+        [*sizes],
+        loads_with=loads_with,
+        data=data,
+        effort=effort,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        track=track,
+    )
+    write(searched, out_)
+    for found in searched.found:
+        print_found(found, out)
+        out.print(f"llmcompress run {out_ / found.file}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

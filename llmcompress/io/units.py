@@ -52,6 +52,12 @@ def bytes_of(text: str) -> int | None:
     return int(float(found[1]) * SCALES[found[2]]) if found else None
 
 
+def share_of(text: str) -> float | None:
+    """Parse a share in percent: 40%, 12.5 %. Returns None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*%\s*", text, re.ASCII)
+    return float(found[1]) / 100 if found else None
+
+
 def number(value: float | None) -> str:
     """Format with four significant digits, or with all digits before the point: 0.002010, 33.00, 31,416."""
     if value is None:

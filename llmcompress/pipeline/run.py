@@ -46,6 +46,7 @@ from llmcompress.pipeline.resolve import (
     resolve,
     student_folder,
 )
+from llmcompress.pipeline.search import expanded
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Columns, Fidelity, Speed, columns, peak_memory_bytes, summary
@@ -87,6 +88,7 @@ def run_recipe(
     )
     _import_code(found.folder)
     config = config_of(found.folder, base=True)
+    recipe = expanded(recipe, found, data, effort, device, track)
     settled = recipe.with_effort(effort)
     resolved, tokenizer = resolve(settled, data, device), tokenizer_of(found.folder)
     pinned, spec, where = resolved.recipe, resolved.data, resolved.device

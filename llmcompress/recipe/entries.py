@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from llmcompress.stages.base import Stage
+from llmcompress.stages.budget.stage import Budget
 from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.distill.stage import Distill
 from llmcompress.stages.low_rank.stage import LowRank
@@ -39,6 +40,7 @@ STAGES: dict[str, type[Stage]] = {
         Codebook,
         Distill,
         Quantize,
+        Budget,
     )
 }
 

@@ -261,6 +261,48 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
         console.print(Text(note, style="dim"))
 
 
+class WayLine(Protocol):
+    """How many linears take a way, as a search found it."""
+
+    @property
+    def way(self) -> str: ...
+    @property
+    def linears(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def nats(self) -> float: ...
+
+
+class FoundModel(Protocol):
+    """The best model within a size, as a search found it."""
+
+    @property
+    def asked(self) -> str: ...
+    @property
+    def base_bytes(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def expected_nats(self) -> float: ...
+    @property
+    def embedding(self) -> str: ...
+    @property
+    def rows(self) -> Sequence[WayLine]: ...
+
+
+def print_found(model: FoundModel, console: Console) -> None:
+    """Print what a search found for one size: the ways, their bytes, and what each is expected to cost."""
+    cells = [(row.way, str(row.linears), amount(row.size_bytes, "B"), nats(row.nats)) for row in model.rows]
+    _print(console, f"within {model.asked}", ("way", "linears", "bytes on disk", "expected KL"), cells)
+    share = measured_percent(model.size_bytes / model.base_bytes)
+    console.print(
+        f"{amount(model.size_bytes, 'B')}, {share} of the base; expected KL {nats(model.expected_nats)}; "
+        f"embedding: {model.embedding}",
+        highlight=False,
+    )
+
+
 # what is known of a model at each level of its anatomy
 LEVELS = ("nothing", "linears", "scales", "axes")
 KNOWN = (

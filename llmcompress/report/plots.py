@@ -6,7 +6,7 @@ takes half a second, most of it text layout.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -237,6 +237,46 @@ def _curve(axes: Axes, training: TrainingFacts) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
     axes.legend(loc="best", frameon=False, fontsize=9)
+
+
+def frontier(
+    title: str,
+    found: Sequence[tuple[str, int, float]],
+    beside: Sequence[tuple[str, bool, int, float]],
+    path: Path,
+) -> None:
+    """Draw KL over bytes to a PNG at `path`: the models that a search `found` on a line, each by name, bytes
+    and nats/token, and `beside` it those of one format, which also say whether the embedding is int8. Models
+    without any loss are left out."""
+    figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for coded, label in ((False, "one format"), (True, "one format, int8 embedding")):
+        shown = [(name, size, nats) for name, int8, size, nats in beside if int8 == coded and nats > 0]
+        if not shown:
+            continue
+        fill = "none" if coded else BEFORE
+        places = [(size, nats) for _, size, nats in shown]
+        axes.plot(
+            *zip(*places, strict=True), "o", color=BEFORE, markerfacecolor=fill, markersize=6, label=label
+        )
+        for name, size, nats in shown if not coded else ():
+            axes.annotate(name, (size, nats), (7, 3), textcoords="offset points", fontsize=7, color=INK)
+    line = [(size, nats) for _, size, nats in found if nats > 0]
+    if line:
+        axes.plot(*zip(*line, strict=True), color=AFTER, marker="D", markersize=6, label="found by search")
+    axes.legend(frameon=False, fontsize=9)
+    for name, size, nats in found:
+        if nats > 0:
+            axes.annotate(
+                name, (size, nats), (-6, -10), textcoords="offset points", ha="right", fontsize=9, color=AFTER
+            )
+    _plain(axes)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x, "B")))
+    axes.set_xlabel("bytes on disk")
+    axes.set_ylabel("expected KL, nats/token")
+    axes.set_title(title, loc="left", color=INK)
+    _save(figure, path)
 
 
 def _plain(axes: Axes) -> None:

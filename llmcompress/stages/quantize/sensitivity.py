@@ -48,7 +48,7 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
         parts = kept.setdefault(final, FinishedParts({}))
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
         lost = [
-            _nats(layer, trial(layer, {linear: one}, tops, sample, parts, final), aims, F_DD)
+            nats(layer, trial(layer, {linear: one}, tops, sample, parts, final), aims, F_DD)
             for one in (coding, spared(coding))
             if one
         ]
@@ -56,7 +56,7 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     return found
 
 
-def _nats(layer: DecoderLayer, outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
+def nats(layer: DecoderLayer, outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
     """KL in nats/token of the error of a layer's outputs, over the samples of all processes."""
     mean, tokens = 0.0, 0
     if outs:

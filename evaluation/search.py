@@ -1,0 +1,197 @@
+"""Is the model that `search` finds better than any single method at the same bytes?
+
+    python -m evaluation search [--models demo wikilm-8m] [--rows ...] [--configurations 30]
+
+For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it finds
+are run. Beside them are run recipes of one method, without and with an int8 embedding, pruning to the same
+bytes, and, for each size, what the search could choose from, drawn at random (`random`). Each row has the
+loss that the search expected of it, if it did. With --configurations so many more random choices are run on
+the demo model, for the rank correlation of their loss with the expected one, to second order alone and
+corrected by measured layers. The result goes to results/search.json, a row at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation import machine, results
+from evaluation.models import MODELS, Subject
+from evaluation.options import parser
+from evaluation.results import SearchRow
+from evaluation.runs import known, losses, run
+from llmcompress.frontier.choice import Choice
+from llmcompress.frontier.spelling import stages_of
+from llmcompress.frontier.ways import MIXED, Way, palettes
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.io.units import share_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import untracked
+from llmcompress.pipeline.resolve import calibration_data, find_base
+from llmcompress.pipeline.search import Prices, prices_of, search, ways_of
+from llmcompress.recipe.recipe import Recipe
+
+NAME = "search"
+SIZES = ("25%", "35%", "50%", "75%")
+FOUND, SINGLE, RANDOM, DRAWN = "found", "single", "random", "drawn"
+NF4: Mapping[str, Any] = {"format": "nf4", "double_quant": True}
+FORMATS: dict[str, Mapping[str, Any]] = {
+    "nf4, double": NF4,
+    "nf4": {"format": "nf4"},
+    "nf4, groups of 32": {"format": "nf4", "group_size": 32},
+    "w4a16": {"format": "w4a16"},
+    "w8a16": {"format": "w8a16"},
+    "int8": {"format": "int8"},
+    **{f"codebook of {size}": {"format": "codebook", "entries": size} for size in (4, 8, 16)},
+}
+SINGLES: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"quantize": dict(settings)}] for name, settings in FORMATS.items()},
+    **{
+        f"{name}, int8 embedding": [{"quantize": {**settings, "embedding": "int8"}}]
+        for name, settings in FORMATS.items()
+    },
+}
+PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach
+ROWS = (FOUND, SINGLE, "pruned", RANDOM)
+
+
+def prices(subject: Subject) -> Prices:
+    """What every way costs on a model."""
+    folder = find_base(subject.base).folder
+    opened = partial(DiskModel, folder, torch.device("cpu"))
+    text = calibration_data(opened(), subject.data(), tokenizer_of(folder))
+    return prices_of(opened, text, subject.data().seed, ways_of(palettes("llmcompress")), untracked)
+
+
+def drawn(found: Prices, budget: float, seed: int) -> Choice:
+    """A choice of ways drawn at random, as large as a budget allows: linears take ways in random order, the
+    cheapest first, and then better ones while there is room."""
+    draw, outer = random.Random(seed), found.outers[-1]
+    by_size = {
+        number: sorted(
+            (unit.costs[way.name].own_bytes, place)
+            for place, way in enumerate(MIXED.ways)
+            if way.name in unit.costs
+        )
+        for number, unit in enumerate(found.units)
+    }
+    taken = {number: sizes[0] for number, sizes in by_size.items()}
+    room = budget - outer.size_bytes - sum(size for size, _ in taken.values())
+    for number in draw.sample(sorted(by_size), len(by_size)):
+        fitting = [each for each in by_size[number] if each[0] - taken[number][0] <= room]
+        chosen = draw.choice(fitting)
+        room -= chosen[0] - taken[number][0]
+        taken[number] = chosen
+    ways = tuple(MIXED.ways[taken[number][1]] for number in sorted(taken))
+    return chosen_as(found, ways)
+
+
+def chosen_as(found: Prices, ways: tuple[Way, ...]) -> Choice:
+    """The choice of these ways, with an int8 embedding if there can be one."""
+    outer = found.outers[-1]
+    costs = [unit.costs[way.name] for unit, way in zip(found.units, ways, strict=True)]
+    nats = outer.nats + sum(cost.nats for cost in costs)
+    return Choice(MIXED, outer, ways, nats, outer.size_bytes + sum(cost.own_bytes for cost in costs))
+
+
+def second_order(found: Prices, choice: Choice) -> float:
+    """The loss that a choice is expected to have to second order alone."""
+    costs = [unit.costs[way.name] for unit, way in zip(found.units, choice.ways, strict=True)]
+    return choice.outer.nats + sum(cost.foretold for cost in costs)
+
+
+class Measurement:
+    """The rows of one model, written as they are measured."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.subject, self.folder = model, MODELS[model], folder
+
+    def row(
+        self,
+        kind: str,
+        row: str,
+        stages: Sequence[Mapping[str, Any]],
+        expected: float | None = None,
+        foretold: float | None = None,
+    ) -> None:
+        """Run the stages on the model, and write what was measured."""
+        recipe = Recipe.of_entries({"stages": list(stages)})
+        report = run(recipe, self.folder / "out", self.subject.base, self.subject.data(), overwrite=True)
+        size = report.compressed.size_bytes
+        measured = SearchRow.model_validate(
+            {
+                "model": self.model,
+                "kind": kind,
+                "row": row,
+                **losses(report),
+                "size_bytes": size,
+                "share_of_bytes": known(size) / known(report.base.size_bytes),
+                "expected_nats": expected,
+                "second_order_nats": foretold,
+                "seconds": report.cost.seconds,
+                "commit": machine.commit(),
+            }
+        )
+        print(
+            f"{self.model}: {kind}, {row}: {measured.share_of_bytes:.4f} of the bytes, KL "
+            f"{measured.kl_nats_mean:.5f}, expected {expected}",
+            flush=True,
+        )
+        merged = results.merge(NAME, ("model", "kind", "row"), measured)
+        results.write(NAME, machine.head(), {"rows": merged})
+
+
+def measure(model: str, rows: Sequence[str], configurations: int) -> None:
+    """Measure the rows of a model."""
+    subject = MODELS[model]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LLMCOMPRESS_CACHE"] = folder
+        to = Measurement(model, Path(folder))
+        searched = search(subject.base, SIZES, data=subject.data())
+        whole = searched.found[0].base_bytes
+        if FOUND in rows:
+            for found in searched.found:
+                stages = found.recipe.model_dump(mode="json", exclude_unset=True)["stages"]
+                to.row(FOUND, found.asked, stages, found.expected_nats)
+        if SINGLE in rows:
+            for name, stages in SINGLES.items():
+                to.row(SINGLE, name, stages)
+        if "pruned" in rows:
+            for size in PRUNED:
+                within = {"axis": ["ffn", "kv"], "size": int(known(share_of(size)) * whole)}
+                to.row(SINGLE, f"pruned, {size}", [{"prune": within}])
+        known_prices = prices(subject)
+        if RANDOM in rows:
+            for size in SIZES:
+                random_choice(to, known_prices, RANDOM, size, known(share_of(size)) * whole, 0)
+        smallest, largest = searched.found[0].size_bytes, searched.found[2].size_bytes
+        for seed in range(configurations if model == "demo" else 0):
+            budget = smallest + (largest - smallest) * random.Random(f"budget {seed}").random()
+            random_choice(to, known_prices, DRAWN, str(seed), budget, seed)
+
+
+def random_choice(to: Measurement, found: Prices, kind: str, row: str, budget: float, seed: int) -> None:
+    """Run a choice that is drawn at random."""
+    choice = drawn(found, budget, seed)
+    to.row(kind, row, stages_of(found.units, choice), choice.nats, second_order(found, choice))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the rows of every model."""
+    options = parser(NAME, __doc__)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
+    options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    options.add_argument("--configurations", type=int, default=0, metavar="N")
+    given = machine.parse(options, argv)
+    for model in given.models:
+        print(f"{model} ...", file=sys.stderr, flush=True)
+        measure(model, given.rows, given.configurations)
+    return 0

@@ -1,0 +1,301 @@
+"""`search`: the recipe of the best model within a size, found by measuring what each format costs each
+linear."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import DataSpec, Effort
+from llmcompress.errors import CompressError, OutputError, argument
+from llmcompress.frontier.choice import Outer, Uniform, best, counted, least, uniform
+from llmcompress.frontier.costs import Priced, measured
+from llmcompress.frontier.outside import outers
+from llmcompress.frontier.spelling import stages_of
+from llmcompress.frontier.ways import KEPT, Loader, Palette, Way, palettes
+from llmcompress.integrations import distributed
+from llmcompress.integrations.distributed import ALONE
+from llmcompress.io import own_code
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.journal import Journal, JournalFacts
+from llmcompress.io.local_names import short_name
+from llmcompress.io.safetensors_writer import discard, put, writing
+from llmcompress.io.scratch import scratch_folder
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.io.units import amount, bytes_of, share_of
+from llmcompress.io.user_paths import path_of, shortened
+from llmcompress.kernels.float32_products import fast_float32_products
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import Track, untracked
+from llmcompress.pipeline.disk_store import source_digest
+from llmcompress.pipeline.resolve import (
+    Base,
+    calibration_data,
+    config_of,
+    data_of,
+    find_base,
+    pick_device,
+    require_computable,
+    source_of,
+)
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.base import Context, naming_layer
+from llmcompress.stages.budget.stage import Budget
+
+PRICES = "prices"  # entry of the journal of a finished search
+
+
+@dataclass(frozen=True)
+class WayRow:
+    """How many linears are stored in a way, their bytes, and their expected loss in nats/token."""
+
+    way: str
+    linears: int
+    size_bytes: int
+    nats: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best choice within a size: its recipe, the bytes of its files and its expected loss in nats/token,
+    what becomes of the embedding and of the linears."""
+
+    asked: str  # the size that was asked for
+    recipe: Recipe
+    base_bytes: int
+    size_bytes: int
+    expected_nats: float
+    embedding: str
+    rows: tuple[WayRow, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of its recipe's file."""
+        return f"{self.asked.strip().replace('%', ' percent').replace(' ', '-')}.yaml"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `search --json`."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("recipe", "rows")}
+        stages = self.recipe.model_dump(mode="json", exclude_unset=True)
+        return facts | {"rows": [asdict(row) for row in self.rows], "recipe": stages}
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found, by rising size, and the models of one way beside it."""
+
+    model: str
+    found: tuple[Found, ...]
+    uniform: tuple[Uniform, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `search --json`."""
+        return {
+            "model": self.model,
+            "found": [each.to_dict() for each in self.found],
+            "uniform": [asdict(each) for each in self.uniform],
+        }
+
+
+class Prices(JournalFacts):
+    """What a search measured: enough to choose for any size."""
+
+    units: tuple[Priced, ...]
+    outers: tuple[Outer, ...]
+
+
+@fast_float32_products()
+def search(
+    model: str | os.PathLike[str],
+    sizes: Sequence[str],
+    *,
+    loads_with: Loader = "llmcompress",
+    data: str | DataSpec | None = None,
+    effort: Effort | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    track: Track = untracked,
+) -> Searched:
+    """Find, for each size, the recipe of the best model whose files are no larger.
+
+    What each format costs each linear is measured once, and kept in the cache: a search that was interrupted
+    goes on, and another size takes seconds.
+
+    Args:
+        model: Hub id, folder, or `demo`.
+        sizes: bytes of the files, like `60MB`, or a share of the base's, like `40%`.
+        loads_with: `transformers` for a result that loads without llmcompress, or `llmcompress` for all
+            formats.
+        data: the text, as a `DataSpec` or as `--data` takes it.
+        effort: how much text is read, as for `compress`; the recipe has it too.
+        device: `cpu` or `cuda`; the first GPU where there is one.
+        trust_remote_code: whether the model may run code of its own.
+        track: shows progress, as for `compress`.
+
+    Raises:
+        CompressError: model, size or text can't be read, or no choice is so small; the message says how small
+            the smallest is.
+    """
+    with own_code.permission(trust_remote_code):
+        base = find_base(os.fspath(model))
+        own_code.trust(base.folder)
+        return _searched(base, sizes, loads_with, data, effort, device, track)
+
+
+def expanded(
+    recipe: Recipe,
+    base: Base,
+    data: str | DataSpec | None,
+    effort: Effort | None,
+    device: str | None,
+    track: Track,
+) -> Recipe:
+    """Return a recipe with what a search found in place of its `budget`, if it has one. Errors: CompressError
+    as for `search`."""
+    budget = recipe.stages[0]
+    if not isinstance(budget, Budget):
+        return recipe
+    spec, word = data_of(recipe, data), effort or recipe.effort
+    with distributed.first_alone():  # the others find what it measured
+        searched = _searched(base, [budget.size], budget.loads_with, spec, word, device, track)
+    return recipe.model_copy(update={"stages": (*searched.found[0].recipe.stages, *recipe.stages[1:])})
+
+
+def _searched(
+    base: Base,
+    sizes: Sequence[str],
+    loads_with: Loader,
+    data: str | DataSpec | None,
+    effort: Effort | None,
+    device: str | None,
+    track: Track,
+) -> Searched:
+    where = pick_device(device)
+    config_of(base.folder, base=True)
+    spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
+    opened = partial(DiskModel, base.folder, where)
+    read = opened()
+    whole = read.checkpoint.size_bytes
+    budgets = {size: _budget(size, whole) for size in sizes}
+    require_computable(read)
+    text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
+    offered = palettes(loads_with)
+    prices = prices_of(opened, text, spec.seed, ways_of(offered), track)
+    found = []
+    for size, budget in sorted(budgets.items(), key=lambda each: each[1]):
+        choice = best(prices.units, offered, prices.outers, budget)
+        if choice is None:
+            smallest = least(prices.units, offered, prices.outers)
+            raise CompressError(
+                f"{argument('size')} {shortened(size)} is less than any choice of formats leaves; the "
+                f"smallest that loads with {loads_with} has {amount(smallest, 'B')}"
+            )
+        recipe = _recipe(base, data, effort, stages_of(prices.units, choice))
+        rows = tuple(WayRow(*row) for row in counted(prices.units, choice))
+        found.append(Found(size, recipe, whole, choice.size_bytes, choice.nats, choice.outer.name, rows))
+    beside = uniform(prices.units, offered, prices.outers)
+    return Searched(base.name, tuple(found), tuple(beside))
+
+
+def write(searched: Searched, out: Path) -> None:
+    """Write the recipes of what was found into a folder, with `search.json` and the picture `frontier.png`.
+
+    Errors: OutputError.
+    """
+    from llmcompress.report.plots import frontier
+
+    folder = path_of(out, argument("out"), OutputError)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for found in searched.found:
+            put(folder / found.file, found.recipe.to_yaml())
+        put(folder / "search.json", json.dumps(searched.to_dict(), indent=2) + "\n")
+        frontier(
+            f"Within a size: {short_name(searched.model)}",
+            [(found.asked, found.size_bytes, found.expected_nats) for found in searched.found],
+            [(each.way, each.embedding != KEPT, each.size_bytes, each.nats) for each in searched.uniform],
+            folder / "frontier.png",
+        )
+
+
+def _budget(size: str, whole: int) -> int:
+    """The bytes that a size stands for, of a base of so many. Errors: CompressError."""
+    share = share_of(size)
+    found = bytes_of(size) if share is None else int(share * whole)
+    if not found:
+        raise CompressError(
+            f"{argument('size')} {shortened(size)} is no size; give bytes like 60MB, or a share of the "
+            "base's like 40%"
+        )
+    if found >= whole:
+        raise CompressError(
+            f"{argument('size')} {shortened(size)} is no less than the base, which has {amount(whole, 'B')}; "
+            "give a smaller one"
+        )
+    return found
+
+
+def ways_of(offered: Sequence[Palette]) -> list[Way]:
+    """All ways of some palettes, once."""
+    return list({way.name: way for palette in offered for way in palette.ways}.values())
+
+
+def prices_of(
+    opened: Callable[[], DiskModel], text: CalibrationData, seed: int, ways: Sequence[Way], track: Track
+) -> Prices:
+    """What every way costs, from an earlier search of the same model and text or measured now. `opened` gives
+    the model anew each time."""
+    read = opened()
+    said = [
+        read.fingerprint(),
+        text.sha256,
+        seed,
+        source_digest(Path(__file__).parents[1]),
+        [[way.name, dict(way.settings)] for way in ways],
+    ]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    place = cache_folder() / "searches" / key[:32]
+    kept = Journal(place, key, shared=True)
+    if kept.has(PRICES, 0):
+        return kept.facts(PRICES, 0, Prices)
+    with scratch_folder() as scratch, naming_layer("search"):
+        context = Context(
+            teacher=lambda name: source_of(name or str(read.folder), read.device),
+            origin=range(len(read.layers)),
+            data=text,
+            journal=Journal(place / "layers", key, shared=True),
+            scratch=scratch,
+            cache=cache_folder(),
+            seed=seed,
+            track=track,
+            processes=ALONE,
+        )
+        read.divide_experts()
+        units = measured(read, context, ways)
+        outside = outers(read, units, opened, text.calibration, text.unscored)
+    found = Prices(units=tuple(units), outers=tuple(outside))
+    kept.save(PRICES, 0, {}, found)
+    discard(place / "layers")  # a finished search needs the prices alone
+    return found
+
+
+def _recipe(
+    base: Base, data: str | DataSpec | None, effort: Effort | None, stages: list[dict[str, Any]]
+) -> Recipe:
+    """The recipe of what was found, on the same base and text."""
+    entries: dict[str, Any] = {"base": base.name}
+    if base.revision:
+        entries["revision"] = base.revision
+    if data is not None:
+        spec = DataSpec().with_text(data) if isinstance(data, str) else data
+        entries["data"] = spec.model_dump(exclude_unset=True)
+    if effort is not None:
+        entries["effort"] = effort
+    return Recipe.of_entries({**entries, "stages": stages})

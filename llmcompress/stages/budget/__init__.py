@@ -1,0 +1,1 @@
+"""The stage `budget`: a size, for which a search finds the stages."""

@@ -1,0 +1,157 @@
+"""`search` and the stage `budget`: what is found is as small as asked, runs by itself, and is found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from llmcompress.errors import CompressError, ModelError, RecipeError
+from llmcompress.frontier import costs
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.pipeline.search import Searched, search, write
+from llmcompress.recipe.recipe import Recipe
+from tests.bases import save_base, write_text
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+class Place:
+    """A base with a text, and a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = save_base(folder / "base", num_hidden_layers=3, intermediate_size=128)
+        source = str(write_text(folder / "facts.txt"))
+        self.data: dict[str, Any] = {"source": source, "samples": 8, "length": 32, "evaluation_samples": 4}
+
+    def search(self, *sizes: str, **settings: Any) -> Searched:
+        return search(self.base, sizes, data=json.dumps(self.data), **settings)
+
+    def run(self, stages: list[dict[str, Any]], out: Path) -> Path:
+        entries = {"base": str(self.base), "data": self.data, "stages": stages}
+        run_recipe(Recipe.model_validate(entries), out)
+        return out / "model.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return Place(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["30%", "45%"])
+def test_what_is_found_is_as_small_as_was_asked(place: Place, size: str, tmp_path: Path) -> None:
+    (found,) = place.search(size).found
+    report = run_recipe(found.recipe, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    whole = (place.base / "model.safetensors").stat().st_size
+    allowed = float(size.removesuffix("%")) / 100 * whole
+    assert file.stat().st_size <= found.size_bytes <= allowed
+    assert found.size_bytes >= 0.93 * allowed, "a tiny model has few choices, but more than this"
+    assert report.plug_in
+
+
+def test_more_bytes_lose_less(place: Place) -> None:
+    found = place.search("60%", "30%", "45%").found
+    assert [each.asked for each in found] == ["30%", "45%", "60%"]
+    losses = [each.expected_nats for each in found]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_what_loads_with_transformers_needs_no_plugin(place: Place, tmp_path: Path) -> None:
+    (found,) = place.search("60%", loads_with="transformers").found
+    report = run_recipe(found.recipe, tmp_path / "out")
+    assert not report.plug_in and found.embedding == "kept"
+    kind = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert kind == "bitsandbytes"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_budget_gives_the_bytes_of_the_recipe_that_search_writes(place: Place, tmp_path: Path) -> None:
+    searched = place.search("40%")
+    write(searched, tmp_path / "searched")
+    written = Recipe.from_file(tmp_path / "searched" / "40-percent.yaml")
+    assert (tmp_path / "searched" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "searched" / "search.json").read_text())["found"][0]["asked"] == "40%"
+    run_recipe(written, tmp_path / "written")
+    file = place.run([{"budget": {"size": "40%"}}], tmp_path / "budget")
+    assert file.read_bytes() == (tmp_path / "written" / "model.safetensors").read_bytes()
+    left = Recipe.from_file(tmp_path / "budget" / "recipe.yaml")
+    assert left.stages == written.stages, "the artefact has every choice spelled out"
+
+
+def test_training_may_follow_a_budget(place: Place, tmp_path: Path) -> None:
+    distill = {"distill": {"steps": 2, "batch": 2, "train": "norms"}}
+    place.run([{"budget": {"size": "40%"}}, distill], tmp_path / "out")
+    left = Recipe.from_file(tmp_path / "out" / "recipe.yaml")
+    assert [stage.name for stage in left.stages] == ["quantize", "distill"]
+
+
+def test_a_search_that_was_interrupted_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    priced, seen = costs._priced, list[int]()
+
+    def until_the_second(model: Any, layer: Any, *rest: Any) -> Any:
+        seen.append(layer.index)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return priced(model, layer, *rest)
+
+    monkeypatch.setattr(costs, "_priced", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        place.search("40%")
+    again = place.search("40%")
+    assert seen == [0, 1, 1, 2], "the first layer was done"
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(place.base.parent / "another"))
+    assert place.search("40%") == again
+    assert len(seen) == 7
+    place.search("50%")
+    assert len(seen) == 7, "another size measures nothing"
+
+
+def test_costs_of_layers_add_up_to_what_was_measured() -> None:
+    def cost(nats: float) -> costs.Cost:
+        return costs.Cost(nats=nats, foretold=nats, own_bytes=1, native_bytes=1)
+
+    layer = [{"nf4": cost(0.1), "kept": cost(0.0)}, {"nf4": cost(0.3)}]
+    corrected = costs._corrected(layer, {"nf4": 0.2})
+    assert [each["nf4"].nats for each in corrected] == pytest.approx([0.05, 0.15])
+    assert corrected[0]["nf4"].foretold == 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        ("5%", "is less than any choice of formats leaves; the smallest that loads with llmcompress has"),
+        ("100%", "is no less than the base, which has"),
+        ("huge", "size huge is no size; give bytes like 60MB, or a share"),
+        ("0%", "size 0% is no size"),
+    ],
+)
+def test_a_wrong_size_is_refused_in_one_line(place: Place, size: str, why: str) -> None:
+    with pytest.raises(CompressError, match=why) as caught:
+        place.search(size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "why"),
+    [
+        ("[budget: {size: 12 parsecs}]", "is no size; write bytes like 60MB"),
+        ("[tie, budget: {size: 40%}]", "budget comes first"),
+        ("[budget: {size: 40%}, quantize]", "a quantised model can't be changed again"),
+        ("[budget: {}]", "budget.size"),
+    ],
+)
+def test_a_wrong_budget_is_refused_in_one_line(stages: str, why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        Recipe.parse(f"stages: {stages}")
+
+
+def test_a_budget_can_not_be_planned(place: Place) -> None:
+    recipe = Recipe.parse("stages: [budget: {size: 40%}]")
+    with pytest.raises(ModelError, match="`llmcompress search` writes the recipe"):
+        plan_recipe(recipe, base=str(place.base))
