@@ -50,6 +50,7 @@ class GridSolution(Solution):
 
     rounded: RoundedWeight
     grid: Grid
+    found_RG: Tensor  # the scales before they were snapped; snapped twice they would move
 
     def weight(self, device: torch.device) -> Tensor:
         """The weight [R, C] that it stands for."""
@@ -57,7 +58,7 @@ class GridSolution(Solution):
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that another process makes it of, with `received` of its scheme."""
-        return {"index": self.rounded.index_RC, "scale": self.rounded.scale_RG}
+        return {"index": self.rounded.index_RC, "scale": self.found_RG}
 
 
 class GridScheme(ABC):
@@ -118,6 +119,7 @@ class GridScheme(ABC):
             # those of a whole layer are in memory at once, and a grid of all formats has at most 256 levels
             RoundedWeight(result.index_RC.to(torch.uint8), self.snap(result.scale_RG)),
             self.grid.to(result.index_RC.device),
+            result.scale_RG,
         )
 
     def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
