@@ -315,11 +315,8 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     report = run_recipe(quantized(text, base), tmp_path / "out")
     facts: StageFacts = report.stages[0]
     told = facts.model_dump()
-    assert (told["format"], told["entries"], told["bits"]) == (
-        "codebook",
-        4,
-        pytest.approx(2 + 64 / 78, abs=0.01),
-    )
+    assert (told["format"], told["entries"]) == ("codebook", 4)
+    assert told["bits"] == pytest.approx(31 / 11)  # with 64 bits of levels per row of 64 or 128 weights
     assert not {"group_size", "double_quant"} & told.keys()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "import llmcompress" in card and "bitsandbytes" not in card.split("```")[1]
