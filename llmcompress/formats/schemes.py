@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.codebook import solve_codebook, solve_nearest
 from llmcompress.algorithms.grids import Grid, grid
-from llmcompress.algorithms.hessian import Factors
+from llmcompress.algorithms.hessian import Factors, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.algorithms.scales import groups_of, integer_scales
@@ -50,6 +50,7 @@ class GridSolution(Solution):
 
     rounded: RoundedWeight
     grid: Grid
+    found_RG: Tensor  # the scales before they were snapped; snapped twice they would move
 
     def weight(self, device: torch.device) -> Tensor:
         """The weight [R, C] that it stands for."""
@@ -57,7 +58,7 @@ class GridSolution(Solution):
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that another process makes it of, with `received` of its scheme."""
-        return {"index": self.rounded.index_RC, "scale": self.rounded.scale_RG}
+        return {"index": self.rounded.index_RC, "scale": self.found_RG}
 
 
 class GridScheme(ABC):
@@ -98,9 +99,10 @@ class GridScheme(ABC):
         return self.bits
 
     def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
-        """Solve for codes and scales of a weight under the second moments of its inputs."""
+        """Solve for codes and scales of a weight under the second moments of its inputs, against the full
+        model's outputs if the moments know them."""
         result = solve(
-            W_RC,
+            retarget(W_RC.float(), factors.moments, factors=factors),
             factors.moments.H_CC,
             self.grid.to(W_RC.device),
             self.columns(tuple(W_RC.shape)),
@@ -118,6 +120,7 @@ class GridScheme(ABC):
             # those of a whole layer are in memory at once, and a grid of all formats has at most 256 levels
             RoundedWeight(result.index_RC.to(torch.uint8), self.snap(result.scale_RG)),
             self.grid.to(result.index_RC.device),
+            result.scale_RG,
         )
 
     def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
@@ -398,11 +401,11 @@ class CodebookScheme:
         return self.layout.refusal(shape)
 
     def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
-        """Solve for indices and levels of a weight under the second moments of its inputs. Errors: Overflow
-        for weights beyond the levels' dtype."""
+        """Solve for indices and levels of a weight under the second moments of its inputs, against the full
+        model's outputs if the moments know them. Errors: Overflow for weights beyond the levels' dtype."""
         require_within(W_RC, DTYPES[self.layout.dtype], "weights")
         palette = solve_codebook(
-            W_RC,
+            retarget(W_RC.float(), factors.moments, factors=factors),
             factors.moments.H_CC,
             self.layout.entries,
             self.layout.sharing(len(W_RC)),

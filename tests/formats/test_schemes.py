@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmcompress.algorithms.codebook import kmeans, solve_codebook
+from llmcompress.algorithms.hessian import Factors, Moments
+from llmcompress.algorithms.overflow import Overflow
 from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.formats import registry
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import linear, stock
-from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
 from tests.models import noise
 
 GridScheme = FourBitScheme | Int8Scheme | IntegerScheme
+CPU = torch.device("cpu")
 R, C = 64, 192
 FOUR_BIT: list[GridScheme] = [
     FourBitScheme("nf4", 64, False, torch.float32),
@@ -236,3 +241,47 @@ def test_rows_out_matter_to_the_four_bit_kernels_alone() -> None:
     for coding in CODINGS:
         assert (coding.refusal((48, 192)) is not None) == isinstance(coding, FourBitScheme)
     assert Int8Scheme(0.0).refusal((7, 13)) is None
+
+
+# Codebooks, which have no scales.
+
+
+def moments() -> Moments:
+    found = Moments(C, CPU)
+    found.add(noise(500, C, seed=4))
+    return found
+
+
+@pytest.mark.parametrize("entries", [4, 8, 16])
+def test_a_codebook_is_solved_for_as_the_algorithm_does_and_read_back(entries: int) -> None:
+    layout = CodebookLayout(entries, 1, "float16")
+    scheme, W_RC, seen = CodebookScheme(layout), noise(R, C), moments()
+    solution = scheme.solve(W_RC, Factors(seen))
+    expected = solve_codebook(W_RC, seen.H_CC, entries, 1, snap=layout.snap).weight()
+    assert torch.equal(solution.weight(CPU), expected)
+    tensors = registry.tensors_of(solution.stored)
+    assert torch.equal(registry.dequantize(scheme.read(tensors, C)), expected)
+    assert 8 * sum(part.nbytes for part in tensors.values()) == R * C * scheme.bits_of((R, C))
+    assert scheme.bits == entries.bit_length() - 1
+    assert scheme.inputs() is None and scheme.static_scale(1.0) is None
+
+
+def test_the_nearest_levels_of_a_codebook_are_those_of_k_means_on_the_weights_alone() -> None:
+    scheme, W_RC = CodebookScheme(CodebookLayout(8, 1, "bfloat16")), noise(R, C)
+    stored = scheme.nearest(W_RC)
+    assert isinstance(stored, CodebookWeight)
+    assert torch.equal(stored.levels_GL, kmeans(W_RC, torch.ones(C), 8, 1).bfloat16())
+    best = (W_RC[..., None] - stored.levels_GL.float()[:, None]).abs().amin(-1)
+    assert torch.equal((registry.dequantize(stored) - W_RC).abs(), best)
+    wide = CodebookScheme(CodebookLayout(8, 1, "float16"))
+    with pytest.raises(Overflow, match="float16"):
+        wide.nearest(W_RC * 1e6)
+
+
+@pytest.mark.parametrize("scheme", [*FOUR_BIT, *INTEGER, CodebookScheme(CodebookLayout(8, 1, "float16"))])
+def test_a_solution_is_made_again_from_the_parts_that_a_process_sends(scheme: QuantScheme) -> None:
+    own = scheme.solve(noise(R, C), Factors(moments()), scheme.static_scale(3.0))
+    other = scheme.received(own.parts(), C, scheme.static_scale(3.0))
+    assert torch.equal(other.weight(CPU), own.weight(CPU))
+    one, two = registry.tensors_of(own.stored), registry.tensors_of(other.stored)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -102,6 +102,11 @@ DIVIDED: dict[str, tuple[list[dict[str, Any]], str, float]] = {
         0.01,
     ),
     "experts with few values": ([{"codebook": {"entries": 8}}], "qwen3_moe", 0.01),
+    "codebooks beside scales": (
+        [{"quantize": {"format": "codebook", "entries": 8, "overrides": {"ffn": {"format": "nf4"}}}}],
+        "llama",
+        0.01,
+    ),
 }
 
 

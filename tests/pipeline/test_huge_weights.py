@@ -62,8 +62,12 @@ def base_with(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path
         ({"quantize": {"format": "int8", "rounding": "nearest"}}, r"model\.layers\.0\.mlp\.\w+"),
         ({"quantize": {"format": "int8"}}, r"model\.layers\.0.* float16"),
         ({"codebook": {"entries": 16}}, rf"{UP}: weights up to 7e\+04 don't fit float16"),
+        (
+            {"quantize": {"format": "codebook", "entries": 16}},
+            rf"{UP}: weights up to 7e\+04 don't fit float16",
+        ),
     ],
-    ids=["int8-nearest", "int8-gptq", "codebook"],
+    ids=["int8-nearest", "int8-gptq", "codebook", "codebook-quantize"],
 )
 def test_what_float16_does_not_hold_is_told_with_its_layer(
     stage: dict[str, Any], why: str, tmp_path: Path, text: Path

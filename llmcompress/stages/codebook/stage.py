@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.algorithms.hessian import Factors, Moments, retarget
+from llmcompress.algorithms.hessian import Factors, Moments
 from llmcompress.architectures.spec import LINEARS
 from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.registry import StoredWeight
@@ -158,5 +158,4 @@ class Codebook(ExpertStage):
 def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> StoredWeight:
     """Solve for the codes and levels of a linear against the full model's outputs. Errors: Overflow for
     weights beyond the levels' dtype."""
-    factors = Factors(moments)
-    return CodebookScheme(layout).solve(retarget(W_RC.float(), moments, factors=factors), factors).stored
+    return CodebookScheme(layout).solve(W_RC, Factors(moments)).stored

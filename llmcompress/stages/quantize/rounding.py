@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.activation_quantization import Magnitudes, static_scale
-from llmcompress.algorithms.hessian import Factors, Moments, metric_factor, retarget
+from llmcompress.algorithms.hessian import Factors, Moments, metric_factor
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
 from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error
@@ -65,9 +65,7 @@ class Rounding:
 
         `factors` are those of the moments, if other linears share them.
         """
-        factors = factors or Factors(moments)
-        W_RC = retarget(W_RC.float(), moments, factors=factors)
-        return self.codings[linear].solve(W_RC, factors, input_scale)
+        return self.codings[linear].solve(W_RC, factors or Factors(moments), input_scale)
 
     @property
     def learning(self) -> dict[str, GridScheme]:
