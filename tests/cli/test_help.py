@@ -45,7 +45,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
 
 def test_there_are_these_commands() -> None:
     known = {"run", "plan", "evaluate", "report", "push", "reproduce"}
-    known |= {"recipes", "families", "doctor", "schema"}
+    known |= {"compare", "recipes", "families", "doctor", "schema"}
     assert COMMANDS.keys() == known
 
 
