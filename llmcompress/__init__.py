@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmcompress.integrations.bitsandbytes_saving import save_native as save_native
     from llmcompress.pipeline.api import compress as compress
     from llmcompress.pipeline.api import plan as plan
+    from llmcompress.pipeline.compare import compare as compare
     from llmcompress.pipeline.evaluate import Evaluation as Evaluation
     from llmcompress.pipeline.evaluate import evaluate as evaluate
     from llmcompress.pipeline.plan import Plan as Plan
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from llmcompress.pipeline.search import search as search
     from llmcompress.recipe.recipe import Accept as Accept
     from llmcompress.recipe.recipe import Recipe as Recipe
+    from llmcompress.report.comparison import ComparedRow as ComparedRow
     from llmcompress.report.schema import Report as Report
     from llmcompress.stages.budget.stage import Budget as Budget
     from llmcompress.stages.codebook.stage import Codebook as Codebook
@@ -68,7 +70,9 @@ _PUBLIC = {
         ),
         "errors",
     ),
+    "ComparedRow": "report.comparison",
     "Plan": "pipeline.plan",
+    "compare": "pipeline.compare",
     "push": "pipeline.push",
     "save_native": "integrations.bitsandbytes_saving",
     "DataSpec": "data.sources",

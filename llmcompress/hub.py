@@ -128,6 +128,16 @@ def dataset_commit(source: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(source, revision=revision).sha)
 
 
+def is_public_dataset(source: str, revision: str) -> bool:
+    """Whether everyone may read a data set; False if the Hub can't be asked."""
+    try:
+        with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
+            about = HfApi().dataset_info(source, revision=revision)
+    except DataError:
+        return False
+    return not about.private and not about.gated
+
+
 @dataclass(frozen=True)
 class Pushed:
     """A commit on the Hub, and its page."""

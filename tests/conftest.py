@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmcompress.pipeline import evaluate
-from llmcompress.report import metrics, plots
+from llmcompress.report import metrics, plots, samples
 from llmcompress.report.schema import Report
 
 torch.set_num_threads(1)
@@ -46,6 +46,7 @@ def short_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("before_after", "error_per_layer"):
             patch.setattr(plots, draw, _no_picture)
+        patch.setattr(samples, "WRITTEN", 2)
         patch.setattr(evaluate, "speed", partial(metrics.speed, decode_tokens=2, repeats=1))
         yield
 

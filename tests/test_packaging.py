@@ -134,6 +134,8 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(built: Built
     expected = {f"llmcompress/{file.relative_to(package).as_posix()}" for file in package.rglob("*.py")}
     expected |= {f"llmcompress/demo/{file.name}" for file in (package / "demo").iterdir() if file.is_file()}
     expected |= {f"llmcompress/kernels/csrc/{file.name}" for file in (package / "kernels" / "csrc").iterdir()}
+    templates = (package / "report" / "templates").iterdir()
+    expected |= {f"llmcompress/report/templates/{file.name}" for file in templates}
     expected |= {f"llmcompress/recipe/shipped_recipes/{name}.yaml" for name in shipped.names()} | {
         "llmcompress/py.typed"
     }

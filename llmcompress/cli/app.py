@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from llmcompress.data.sources import Effort
     from llmcompress.recipe.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 FRONTIER = ("25%", "35%", "50%", "75%")  # sizes of `search --frontier`
+
 app = typer.Typer(
     name="llmcompress",
     no_args_is_help=True,
@@ -153,13 +156,12 @@ def search(
     ] = "llmcompress",
     data: options.Data = None,
     effort: options.EffortWord = None,
-    out_: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for the recipes and the picture.")
-    ] = Path("searched"),
+    out_: options.Out = Path("searched"),
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Find the best model within a size, and write its recipe. After a crash, the same command resumes."""
+    """Find the best model within a size, and write its recipe and a picture. After a crash, the same command
+    resumes."""
     from llmcompress.pipeline.search import search as find
     from llmcompress.pipeline.search import write
     from llmcompress.report.console import print_found
@@ -228,12 +230,52 @@ def evaluate(
 
 
 @app.command()
-def report(folder: options.Artefact) -> None:
-    """Print the report of a finished run."""
+def report(
+    folder: options.Artefact,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Print the report of a finished run, and write its page, report.html, anew."""
+    from llmcompress.pipeline.compare import write_page
     from llmcompress.report.console import print_report
     from llmcompress.report.schema import Report
 
-    print_report(Report.of(folder), out)
+    found, file = Report.of(folder), None
+    try:
+        file = write_page(folder)
+    except CompressError as error:
+        if open_:
+            raise
+        logger.warning("%s", error)
+    print_report(found, out)
+    if file is None:
+        return
+    out.print(f"page: {file}", soft_wrap=True, highlight=False, markup=False)
+    if open_ and not webbrowser.open(file.resolve().as_uri()):
+        logger.warning("no browser can be started here; open %s in one", file)
+
+
+@app.command()
+def compare(
+    artefacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTEFACT...",
+            help="Two or more folders that `run` wrote, or Hub ids, of one base.",
+            show_default=False,
+        ),
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the comparison to this file as a page."),
+    ] = None,
+) -> None:
+    """Compare finished runs of one base: bytes, KL, perplexity, and which are beaten by another."""
+    from llmcompress.pipeline.compare import compare as side_by_side
+    from llmcompress.report.console import print_comparison
+
+    print_comparison(side_by_side(artefacts, html), out)
+    if html is not None:
+        out.print(f"page: {html}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 import yaml
 
 DEEPEST = 32  # levels of nested lists and mappings
-# control characters except tab and newline
-CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE)
+# control characters except tab and newline; after an odd number of backslashes `u` spells itself
+CONTROLS = re.compile(
+    r"(?<!\\)(?:\\\\)*\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE
+)
 LONGEST = 4096  # bits of an integer in YAML
 SURROGATES = re.compile("[\ud800-\udfff]")
 MOST = 20_000  # values of a YAML text, aliases expanded

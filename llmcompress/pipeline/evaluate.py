@@ -44,10 +44,11 @@ from llmcompress.pipeline.resolve import (
     pick_device,
     require_tokenizer,
 )
-from llmcompress.report.metrics import Speed, fidelity, speed
+from llmcompress.report.metrics import Speed, continued, fidelity, speed
 
 logger = logging.getLogger(__name__)
 
+WRITES_S = 20  # seconds; a model that needs longer writes no sample of text
 SHARE = 0.5  # share of the free memory; a larger model is not loaded whole only to be timed
 
 
@@ -196,16 +197,55 @@ def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Te
     return logits
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A model as from_pretrained loads it: its speed, and what it wrote after prompts, int64 [P, N]. None for
+    what was not done; `why` says why nothing was written."""
+
+    speed: Speed | None = None
+    written: Tensor | None = None
+    why: str | None = None
+
+
 def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | None:
     """Time the model as from_pretrained loads it; None if it is too large to load whole, or to run."""
+    return trial_of(folder, sequences, device).speed
+
+
+def trial_of(
+    folder: Path, sequences: Tensor, device: torch.device, prompts: Tensor | None = None, tokens: int = 0
+) -> Trial:
+    """Time the model as from_pretrained loads it, and let it write `tokens` tokens after each of the prompts,
+    if that is quick. A model that is too large is not loaded."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
-        return None
+        return Trial(why="a model was too large to be loaded whole")
     config = defaults(load_config(folder))
     with no_progress_bar():
         model = auto_class(config).from_pretrained(folder, config=config, device_map={"": device})
     try:
-        return speed(model, sequences)
+        timed = speed(model, sequences)
+        return Trial(timed) if prompts is None else _written(model, timed, prompts, tokens)
     except torch.OutOfMemoryError as error:
         logger.warning("%s can't be timed: %s", folder, first_line(error))
-        return None
+        return Trial(why="the device had no memory for a model that is loaded whole")
+
+
+def _written(model: PreTrainedModel, timed: Speed, prompts: Tensor, tokens: int) -> Trial:
+    """Let a model write after prompts, if its speed says that this is quick."""
+    if timed.decode_tokens_per_s is None:
+        return Trial(timed, why="a model keeps no cache between tokens")
+    expected_s = tokens / timed.decode_tokens_per_s + prompts.numel() / timed.prefill_tokens_per_s
+    if expected_s > WRITES_S:
+        return Trial(timed, why=f"to write {tokens} tokens would take a model more than {WRITES_S} s")
+    training = model.training
+    model.eval()
+    try:
+        return Trial(timed, continued(model, prompts, tokens))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a sample of text is not worth a run
+        logger.warning("the model can't write a sample of text: %s", first_line(error))
+        return Trial(timed, why=f"a model could not write ({first_line(error)[:200]})")
+    finally:
+        model.train(training)

@@ -33,12 +33,14 @@ from llmcompress.modeling.model_config import without_flags
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
+from llmcompress.report.page import page
 from llmcompress.report.schema import (
     CARD,
     CHANGE_PICTURE,
     ERROR_PICTURE,
     EVALUATIONS,
     FILE,
+    PAGE,
     TRAINING_PICTURE,
     Report,
 )
@@ -287,7 +289,8 @@ def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]
 
 
 def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dict[str, str | bytes]:
-    """Return the files beside the weights, by name: report.json, recipe.yaml, README.md and the pictures.
+    """Return the files beside the weights, by name: report.json, recipe.yaml, README.md, the page and the
+    pictures.
 
     The pictures are drawn in a folder within `scratch`. Errors: OutputError if it can't be written.
     """
@@ -297,8 +300,9 @@ def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dic
         if readme.is_file() and is_inside(readme, base)
         else {}
     )
-    text = card(report, recipe.for_others(report).to_yaml(), inherited)
-    files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml(), CARD: text}
+    told = recipe.for_others(report).to_yaml()
+    files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml()}
+    files |= {CARD: card(report, told, inherited), PAGE: page(report, told)}
     if entries := evaluations(report):
         files[EVALUATIONS] = hub.evaluation_results(entries)
     with writing(scratch), tempfile.TemporaryDirectory(dir=scratch) as folder:

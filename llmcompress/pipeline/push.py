@@ -22,13 +22,15 @@ from llmcompress.io.tokenizer import LEGACY, SETTINGS, vocabulary_files
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
-from llmcompress.report.redaction import for_others, local_names
+from llmcompress.report.page import page
+from llmcompress.report.redaction import WITHHELD, for_others, local_names
 from llmcompress.report.schema import (
     CARD,
     CHANGE_PICTURE,
     ERROR_PICTURE,
     EVALUATIONS,
     FILE,
+    PAGE,
     TRAINING_PICTURE,
     Report,
 )
@@ -56,7 +58,7 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
 
     Errors: CompressError if the folder is no whole artefact.
     """
-    report, recipe = Report.of(folder), Recipe.from_file(folder / RECIPE)
+    report, recipe = _with_public_text(Report.of(folder)), Recipe.from_file(folder / RECIPE)
     require_own_recipe(report, recipe, folder)
     code = own_code.files_of(folder)
     files: dict[str, Path | bytes] = {**code, **kept(folder, vocabulary_files(folder), code=bool(code))}
@@ -66,9 +68,18 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
     shared = for_others(report, repo).model_copy(update={"recipe_digest": told.digest})
     files |= {RECIPE: told.to_yaml().encode(), FILE: shared.to_json().encode()}
     files[CARD] = _card(folder, report, recipe, shared, repo)
+    files[PAGE] = page(shared, told.to_yaml(), repo).encode()
     if _is_there(folder, EVALUATIONS) and (entries := evaluations(shared)):
         files[EVALUATIONS] = hub.evaluation_results(entries).encode()
     return files, f"{shared.base.model} compressed by llmcompress"
+
+
+def _with_public_text(report: Report) -> Report:
+    """The report without samples of a data set on the Hub that not everyone may read."""
+    data = report.data
+    if report.samples is None or data.revision is None or hub.is_public_dataset(data.source, data.revision):
+        return report
+    return report.model_copy(update={"samples": WITHHELD})
 
 
 def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:

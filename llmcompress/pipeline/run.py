@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec, Effort
@@ -32,7 +36,7 @@ from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.modeling.token_limit import batches_of
 from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
-from llmcompress.pipeline.evaluate import speed_of
+from llmcompress.pipeline.evaluate import Trial, trial_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
 from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
@@ -50,9 +54,13 @@ from llmcompress.pipeline.search import expanded
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Columns, Fidelity, Speed, columns, peak_memory_bytes, summary
-from llmcompress.report.schema import CostFacts, ModelFacts, Report
+from llmcompress.report.samples import Witness, continuations, prompts_of
+from llmcompress.report.schema import CostFacts, ModelFacts, ParagraphFacts, Report, SampleFacts
 
 logger = logging.getLogger(__name__)
+
+# spells the paragraph with a tokenizer; None on a process that has not seen it
+Seen = Callable[[PreTrainedTokenizerBase], ParagraphFacts] | None
 
 
 @fast_float32_products()
@@ -121,11 +129,15 @@ def run_recipe(
         folder = Processes.all("batch").agreed(folder)
         assert folder is not None, "rank 0 writes"
         del model, store  # measuring reads from the disk what it needs
-        measured, stored = _compare(folder, found.folder, where, text, track)
+        measured, stored, seen = _compare(folder, found.folder, where, text, track)
         if writer is not None:
-            before = _facts_of_base(found, stored[1], measured, text, where)
-            speed = speed_of(folder, text.evaluation, where)
-            after = _facts_of_artefact(str(out), stored[0], measured, speed)
+            prompts, tokens = prompts_of(text.evaluation)
+            base_trial = _trial_of_base(found.folder, text, where, prompts, tokens)
+            pair = prompts if base_trial.written is not None else None  # one model's text shows nothing
+            trial = trial_of(folder, text.evaluation, where, pair, tokens)
+            before = _facts_of_base(found, stored[1], measured, base_trial.speed)
+            after = _facts_of_artefact(str(out), stored[0], measured, trial.speed)
+            samples = _samples(seen, prompts, base_trial, trial, tokenizer)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
@@ -142,7 +154,7 @@ def run_recipe(
                 config,
                 plain=stored[0].plain,
                 code=bool(own_code.carried(found.folder)),
-            )
+            ).model_copy(update={"samples": samples})
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
@@ -173,22 +185,26 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
 @torch.no_grad()
 def _compare(
     written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
-) -> tuple[Fidelity, list[Stored]]:
-    """Return how far two models on disk are apart, and what each stores. Each process measures its share of
-    the sequences. The weights are dropped, before others are loaded whole to be timed."""
+) -> tuple[Fidelity, list[Stored], Seen]:
+    """Return how far two models on disk are apart, what each stores, and what was seen of a paragraph. Each
+    process measures its share of the sequences. The weights are dropped, before others are loaded whole to be
+    timed."""
     models = DiskModel(written, device, quantized=True), DiskModel(base, device)
     processes, found = Processes.all("batch"), dict[int, Columns]()
-    shard = processes.shard(batches_of(text.evaluation))
+    shard, witness = processes.shard(batches_of(text.evaluation)), Witness(text.scored)
     if shard.batches:
         sequences = torch.cat(list(shard.batches))
         scored = sequences[:, text.unscored :]
         ours, theirs = (logits(each, sequences, track, text.unscored) for each in models)
-        measured = columns(zip(ours, theirs, strict=True), scored)
+        pairs = zip(ours, theirs, strict=True)
+        # the paragraph is of the first batch
+        measured = columns(witness.seeing(pairs) if 0 in shard.numbers else pairs, scored)
         positions = [len(batch) * scored.shape[1] for batch in shard.batches]
         by_batch = (torch.cat(column).split(positions) for column in zip(*measured, strict=True))
         found = dict(zip(shard.numbers, zip(*by_batch, strict=True), strict=True))
     whole = summary([*processes.gathered(found).values()], text.scored.shape[1])
-    return whole, [_stored(each) for each in models]
+    paragraph = partial(witness.paragraph, found[0][2]) if 0 in found else None
+    return whole, [_stored(each) for each in models], paragraph
 
 
 def _stored(model: DiskModel) -> Stored:
@@ -196,9 +212,7 @@ def _stored(model: DiskModel) -> Stored:
     return Stored(checkpoint.parameters, model.idle_parameters(), checkpoint.size_bytes, model.plain)
 
 
-def _facts_of_base(
-    base: Base, stored: Stored, measured: Fidelity, text: CalibrationData, device: torch.device
-) -> ModelFacts:
+def _facts_of_base(base: Base, stored: Stored, measured: Fidelity, speed: Speed | None) -> ModelFacts:
     """What the report says of the base."""
     return model_facts(
         base.name,
@@ -206,7 +220,7 @@ def _facts_of_base(
         measured.base_perplexity_ci95,
         stored=stored,
         revision=base.revision,
-        speed=_speed_of_base(base.folder, text, device),
+        speed=speed,
     )
 
 
@@ -221,10 +235,29 @@ def _facts_of_artefact(out: str, stored: Stored, measured: Fidelity, speed: Spee
     )
 
 
-def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:
-    """The speed of the base, or None if it can't be timed here, so that hours of work are not lost."""
+def _trial_of_base(
+    folder: Path, text: CalibrationData, device: torch.device, prompts: Tensor, tokens: int
+) -> Trial:
+    """Time the base and let it write, or do without, so that hours of work are not lost."""
     try:
-        return speed_of(folder, text.evaluation, device)
+        return trial_of(folder, text.evaluation, device, prompts, tokens)
     except Exception as error:  # the weights were read and computed before, so they are sound
         logger.warning("%s can't be timed (%s), so the report has no speed of it", folder, first_line(error))
+        return Trial(why="the base could not be loaded whole")
+
+
+def _samples(
+    seen: Seen, prompts: Tensor, base: Trial, ours: Trial, tokenizer: PreTrainedTokenizerBase | None
+) -> SampleFacts | None:
+    """What the report tells of text, token by token; None if it can't be spelled, so that hours of work are
+    not lost."""
+    if seen is None or tokenizer is None:
+        return None
+    try:
+        if base.written is None or ours.written is None:
+            return SampleFacts(paragraph=seen(tokenizer), left_out=base.why or ours.why)
+        pairs = continuations(prompts, base.written, ours.written, tokenizer)
+        return SampleFacts(paragraph=seen(tokenizer), continuations=pairs)
+    except Exception as error:  # tokenizers of others decode as they like
+        logger.warning("the report has no samples of text (%s)", first_line(error))
         return None

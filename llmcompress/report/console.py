@@ -7,7 +7,7 @@ card and the plots use the same units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich import box
 from rich.console import Console
@@ -17,7 +17,11 @@ from rich.text import Text
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
 from llmcompress.report.schema import EffortFacts, Interval, ModelFacts, Report, TrainingFacts
 
+if TYPE_CHECKING:
+    from llmcompress.report.comparison import ComparedRow
+
 WORST = 5
+WIDE = 100  # columns of a terminal
 KEPT_SHOWN = 12  # rows; the rest of a long list is only counted
 
 Rows = Sequence[tuple[str, ...]]
@@ -220,6 +224,38 @@ def print_reproduction(
     _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)
     for line in differences:
         console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_comparison(rows: Sequence["ComparedRow"], console: Console) -> None:
+    """Print several artefacts side by side by number, and which of them another one beats. On a narrow
+    terminal, what is words stands below the table."""
+    names, wide = [row.name for row in rows], console.width >= WIDE
+    folders = {name.rpartition("/")[0] for name in names}
+    shown = [name.rpartition("/")[2] or name for name in names] if len(folders) == 1 else names
+    header = ["", "bytes", "share", "KL, nats", "perplexity", "top-1", "beaten by"]
+    words = ["time", "loads with", "artefact"] if wide else []
+    table = Table(header_style="dim", box=box.SIMPLE_HEAD)
+    for name in (*header, *words):
+        left = name in words[1:]
+        table.add_column(
+            Text(name), justify="left" if left else "right", overflow="fold", no_wrap=name != "artefact"
+        )
+    for place, row in enumerate(rows):
+        numbers = [
+            f"{place + 1}",
+            amount(row.size_bytes, "B"),
+            measured_percent(row.share),
+            number(row.kl_nats_mean),
+            number(row.perplexity),
+            measured_percent(row.top1_agreement),
+            f"{names.index(row.beaten_by) + 1}" if row.beaten_by else "",
+        ]
+        more = [duration(row.seconds), row.loads_with[-1], shown[place]] if wide else []
+        table.add_row(*map(Text, (*numbers, *more)))
+    console.print(table)
+    for place, row in enumerate(rows if not wide else ()):
+        line = f"{place + 1:3} {row.name}: {duration(row.seconds)}, loads with {row.loads_with[-1]}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class PlanRow(Protocol):

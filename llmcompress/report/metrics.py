@@ -30,10 +30,12 @@ from torch import Tensor
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.errors import DataError, ModelError, first_line
 from llmcompress.kernels.float32_products import plain_float32_products
-from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
+from llmcompress.report.schema import DistributionFacts, EnvironmentFacts, FidelityFacts, Interval
 
 # resamples of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width between seeds
 RESAMPLES = 2000
+# nats: four edges a decade, from what float32 resolves to more than a flat prediction costs
+KL_EDGES = tuple(float(f"{10 ** (step / 4):.3g}") for step in range(-24, 9))
 CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a core's cache
 CHUNK_ELEMENTS_GPU = 1 << 25  # the same on a GPU: 128 MB keeps it busy
 
@@ -55,6 +57,7 @@ class Fidelity:
     nll_nats: Tensor
     kl_nats_mean: float | None = None  # KL(base || model) per token, over all S * L positions
     kl_nats_p99: float | None = None
+    kl_nats_distribution: DistributionFacts | None = None
     top1_agreement: float | None = None  # share of the S * L positions where both rank the same token first
     base_perplexity: float | None = None
     base_perplexity_ci95: Interval | None = None
@@ -66,6 +69,7 @@ class Fidelity:
         return FidelityFacts(
             kl_nats_mean=self.kl_nats_mean,
             kl_nats_p99=self.kl_nats_p99,
+            kl_nats_distribution=self.kl_nats_distribution,
             top1_agreement=self.top1_agreement,
             perplexity_ratio=self.perplexity_ratio,
             perplexity_ratio_ci95=self.perplexity_ratio_ci95,
@@ -205,7 +209,7 @@ def summary(columns: Sequence[Columns], L: int) -> Fidelity:
         ((perplexity, interval),) = _bootstrap(nll[None])
         return Fidelity(perplexity, interval, tokens, nll)
     base_flat, kl, same = rest
-    base_nll = _per_sequence(base_flat, L)
+    base_nll, spread = _per_sequence(base_flat, L), distribution(kl)
     (perplexity, interval), (base, base_interval), (ratio, ratio_interval) = _bootstrap(
         torch.stack((nll, base_nll, nll - base_nll))
     )
@@ -215,12 +219,28 @@ def summary(columns: Sequence[Columns], L: int) -> Fidelity:
         tokens,
         nll,
         kl_nats_mean=float(kl.double().mean()),
-        kl_nats_p99=float(kl.kthvalue(math.ceil(0.99 * len(kl))).values),
+        kl_nats_p99=spread.p99,
+        kl_nats_distribution=spread,
         top1_agreement=float(same.double().mean()),
         base_perplexity=base,
         base_perplexity_ci95=base_interval,
         perplexity_ratio=ratio,
         perplexity_ratio_ci95=ratio_interval,
+    )
+
+
+def distribution(kl: Tensor) -> DistributionFacts:
+    """Return quantiles and a histogram of KL in nats, float32 [N]. A quantile is the smallest KL that its
+    share of the tokens does not exceed."""
+    p50, p90, p99, largest = (
+        float(kl.kthvalue(math.ceil(share * len(kl))).values) for share in (0.5, 0.9, 0.99, 1)
+    )
+    # float64: an edge then is the number that the report names
+    counts = torch.bucketize(kl.double(), torch.tensor(KL_EDGES, dtype=torch.float64), right=True).bincount(
+        minlength=len(KL_EDGES) + 1
+    )
+    return DistributionFacts(
+        p50=p50, p90=p90, p99=p99, largest=largest, edges=KL_EDGES, counts=tuple(counts.tolist())
     )
 
 
@@ -370,6 +390,18 @@ def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
     for _ in range(steps):
         out = model(out.logits[:, -1:].argmax(-1), **_cache(out), use_cache=True)
     return _now(prompt.device) - start
+
+
+@torch.no_grad()
+def continued(model: torch.nn.Module, prompts: Tensor, tokens: int) -> Tensor:
+    """Return what a model that keeps a cache writes greedily after prompts [P, C]: int64 [P, tokens], on the
+    CPU."""
+    out = model(prompts.to(next(model.parameters()).device), use_cache=True, **_last_logits(model))
+    written = [out.logits[:, -1:].argmax(-1)]
+    for _ in range(tokens - 1):
+        out = model(written[-1], **_cache(out), use_cache=True)
+        written.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(written, -1).cpu()
 
 
 def _best_decode_s(

@@ -31,7 +31,14 @@ from llmcompress.report.console import (
     worst_rows,
 )
 from llmcompress.report.redaction import for_others, is_local_text, others_in
-from llmcompress.report.schema import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
+from llmcompress.report.schema import (
+    CHANGE_PICTURE,
+    ERROR_PICTURE,
+    PAGE,
+    TRAINING_PICTURE,
+    Report,
+    TrainingFacts,
+)
 
 LARGEST = 1 << 16  # bytes of front matter
 # entries copied from the card of the base
@@ -200,44 +207,56 @@ def _change(report: Report) -> str:
     return (
         f"## Before and after\n\n{_table(header, before_after(report))}\n\n"
         f"{_table(('', 'value'), fidelity_rows(report))}\n\n"
-        f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})"
+        f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})\n\n"
+        f"[{PAGE}]({PAGE}) shows what both models predict, token by token: download it and open it in a "
+        "browser."
     )
 
 
 def _loading(report: Report, repo: str | None) -> str:
+    said = OWN_CODE if report.own_code else ""
+    return (
+        f"## Load it\n\n{said}```\n{install_command(report)}\n```\n\n```python\n"
+        f"{loading_code(report, repo)}\n```"
+    )
+
+
+def needed(report: Report) -> tuple[str, ...]:
+    """The packages beside transformers that load the model."""
     formats = _formats(report)
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
     # reports of earlier versions don't say it
     ours = report.plug_in or bool(formats - NATIVE) or SHARE in stages or uneven
-    packages = (
-        "transformers accelerate"
-        + (" bitsandbytes" if formats - PLAIN else "")
-        + (" llmcompress" if ours else "")
-    )
+    return (*(("bitsandbytes",) if formats - PLAIN else ()), *(("llmcompress",) if ours else ()))
+
+
+def install_command(report: Report) -> str:
+    """The command that installs what loads the model."""
+    return " ".join(("pip install transformers accelerate", *needed(report)))
+
+
+def loading_code(report: Report, repo: str | None) -> str:
+    """Python that loads the model and lets it write."""
     loads = report.auto_class or "AutoModelForCausalLM"
-    also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
+    also = (
+        "import llmcompress  # without it, from_pretrained raises\n"
+        if "llmcompress" in needed(report)
+        else ""
+    )
     named = (
         f'"{repo}"'
         if repo
         else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
     )
     code = ", trust_remote_code=True" if report.own_code else ""
-    return f"""## Load it
-
-{OWN_CODE if report.own_code else ""}```
-pip install {packages}
-```
-
-```python
-{also}from transformers import {loads}, AutoTokenizer
+    return f"""{also}from transformers import {loads}, AutoTokenizer
 
 name = {named}
 tokenizer = AutoTokenizer.from_pretrained(name{code})
 model = {loads}.from_pretrained(name, device_map="auto"{code})
 prompt = tokenizer("The first", return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
-```"""
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))"""
 
 
 def _uneven(widths: Mapping[str, Sequence[int]] | None) -> bool:

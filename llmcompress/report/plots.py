@@ -5,8 +5,7 @@ touched and no display is needed. The files carry no date or version, so equal r
 takes half a second, most of it text layout.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -17,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, number
 from llmcompress.report.console import change
+from llmcompress.report.depth import Points, by_kind, depth_of, placed_at
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
 # distinguishable with colour blindness
@@ -24,8 +24,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = "os^Dv<>P"
 BEFORE, AFTER, BEST, INK, RULE = "#9AA5B1", "#0072B2", "#D55E00", "#222222", "#E3E3E3"
 WIDE = 20  # ratio of the largest to the least value from which an axis is logarithmic
-
-Points = dict[str, dict[int, float]]  # kind of linear -> layer -> value
 
 
 def error_per_layer(report: Report, path: Path) -> None:
@@ -35,13 +33,10 @@ def error_per_layer(report: Report, path: Path) -> None:
     Several linears of one kind in one layer (experts) are drawn as their mean. Linears outside the layers,
     such as the head, stand right of the last layer. Without any linear, the picture says so.
     """
-    placed = [
-        _place(name)
-        for name in [linear.name for linear in report.linears] + [linear.name for linear in report.kept]
-    ]
-    depth = 1 + max((layer for layer, _ in placed if layer is not None), default=-1)
-    errors = _by_kind(((linear.name, 100 * linear.relative_error) for linear in report.linears), depth)
-    kept = _by_kind(((linear.name, 0.0) for linear in report.kept), depth)
+    names = [linear.name for linear in report.linears] + [linear.name for linear in report.kept]
+    depth = depth_of(names)
+    errors = by_kind(((linear.name, 100 * linear.relative_error) for linear in report.linears), depth)
+    kept = by_kind(((linear.name, 0.0) for linear in report.kept), depth)
     kinds = {kind: place for place, kind in enumerate(dict.fromkeys([*errors, *kept]))}
 
     figure = Figure(figsize=(9.0, 4.4 + 0.22 * len(kept)), dpi=150, layout="constrained")
@@ -50,7 +45,8 @@ def error_per_layer(report: Report, path: Path) -> None:
     _lines(rows[0], errors, kinds)
     if kept:
         _strip(rows[1], kept, kinds)
-    _depth_ticks(rows[-1], depth, [kind for layer, kind in placed if layer is None])
+    outside = [kind for layer, kind in map(placed_at, names) if layer is None]
+    _depth_ticks(rows[-1], depth, outside)
     rows[0].set_title(
         f"Error of each linear over depth: {short_name(report.compressed.model)}", loc="left", color=INK
     )
@@ -284,22 +280,6 @@ def _plain(axes: Axes) -> None:
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9, colors=INK)
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); layer is
-    None outside the layers."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
-    return (int(match[1]), re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "", match[2])) if match else (None, name)
-
-
-def _by_kind(named: Iterable[tuple[str, float]], depth: int) -> Points:
-    """Mean value per kind and layer, layers in order; linears outside the layers are placed at `depth`."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for name, value in named:
-        layer, kind = _place(name)
-        found.setdefault(kind, {}).setdefault(depth if layer is None else layer, []).append(value)
-    return {kind: {x: sum(at[x]) / len(at[x]) for x in sorted(at)} for kind, at in found.items()}
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 from llmcompress import hub
 from llmcompress.data.sources import PYTHON_DOCS
 from llmcompress.io.local_names import short_name, without_paths
-from llmcompress.report.schema import Report, StageFacts, TrainingFacts
+from llmcompress.report.schema import Report, SampleFacts, StageFacts, TrainingFacts
+
+WITHHELD = SampleFacts(left_out="the text is not public")
 
 
 def others_in(stage: StageFacts | TrainingFacts) -> dict[str, str]:
@@ -39,8 +41,11 @@ def local_names(report: Report) -> list[str]:
 
 def for_others(report: Report, repo: str | None = None) -> Report:
     """The report in the form that is shared, under the id `repo` if given; local files and folders have their
-    last names."""
-    names = local_names(report)
+    last names.
+
+    With `repo` it leaves this machine, and goes without samples of a text that was a local file.
+    """
+    names, withheld = local_names(report), repo and report.samples and is_local_text(report)
     base, data = report.base, report.data
     text = short_name(data.source) if is_local_text(report) else data.source
     return report.model_copy(
@@ -51,6 +56,7 @@ def for_others(report: Report, repo: str | None = None) -> Report:
             ),
             "data": data.model_copy(update={"source": text}),
             "stages": tuple(_stage(stage, names) for stage in report.stages),
+            "samples": WITHHELD if withheld else report.samples,
         }
     )
 

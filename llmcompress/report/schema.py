@@ -8,6 +8,7 @@ show them on the Hub.
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
 # the Hub looks for evaluations under the second name
 CARD, EVALUATIONS = ("README.md", ".eval_results/llmcompress.yaml")
+PAGE = "report.html"
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
 # keys of data for a Hub data set or a table
 DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")
@@ -39,6 +41,11 @@ TRAINS = "distill"  # the stage whose facts are TrainingFacts
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
 Amount = Annotated[FiniteFloat, Field(ge=0)]
+# tokens with their probabilities, most likely first
+Guesses = Annotated[
+    tuple[Annotated[tuple[str, Annotated[FiniteFloat, Field(ge=0, le=1)]], Field(strict=False)], ...],
+    Field(strict=False),
+]
 
 
 class _Facts(BaseModel):
@@ -72,12 +79,35 @@ class ModelFacts(_Facts):
     memory_bytes: NonNegativeInt | None = None
 
 
+class DistributionFacts(_Facts):
+    """How KL is spread over the tokens: quantiles, and how many tokens lie between two edges in nats.
+
+    The first count is of tokens below the first edge, the last of those at the last edge or above it.
+    """
+
+    p50: Amount
+    p90: Amount
+    p99: Amount
+    largest: Amount
+    edges: Annotated[tuple[Amount, ...], Field(strict=False, min_length=1)]
+    counts: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _has_a_count_on_each_side(self) -> "DistributionFacts":
+        if len(self.counts) != len(self.edges) + 1 or not sum(self.counts):
+            raise ValueError("counts are one more than edges, and not all 0")
+        if any(low >= high for low, high in pairwise(self.edges)):
+            raise ValueError("edges rise")
+        return self
+
+
 class FidelityFacts(_Facts):
     """The distance of the compressed model from its base, per token of the evaluation text; KL is KL(base ||
     compressed)."""
 
     kl_nats_mean: Amount | None = None
     kl_nats_p99: Amount | None = None
+    kl_nats_distribution: DistributionFacts | None = None
     top1_agreement: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     perplexity_ratio: Amount | None = None
     perplexity_ratio_ci95: Interval | None = None
@@ -197,6 +227,47 @@ class TrainingFacts(_OpenFacts):
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
 
 
+class ParagraphFacts(_Facts):
+    """The first tokens of the evaluation text as both models predict them.
+
+    `tokens` has one more item than the rest: nothing is predicted of the first. Item i of the rest is of the
+    prediction of token i + 1: its KL in nats, and what each model ranks first with probabilities.
+    """
+
+    tokens: Annotated[tuple[str, ...], Field(strict=False)]
+    kl_nats: Annotated[tuple[Amount, ...], Field(strict=False)]
+    base: Annotated[tuple[Guesses, ...], Field(strict=False)]
+    compressed: Annotated[tuple[Guesses, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _has_one_of_each(self) -> "ParagraphFacts":
+        predicted = len(self.tokens) - 1
+        if not len(self.kl_nats) == len(self.base) == len(self.compressed) == predicted:
+            raise ValueError("kl_nats, base and compressed have one item less than tokens")
+        return self
+
+
+class ContinuationFacts(_Facts):
+    """A prompt that both models went on with greedily: `shared` is what both wrote first, `base` and
+    `compressed` what each wrote from the first token that differs."""
+
+    prompt: str
+    shared: str
+    base: str
+    compressed: str
+    tokens: NonNegativeInt  # that each wrote
+    shared_tokens: NonNegativeInt
+
+
+class SampleFacts(_Facts):
+    """What both models make of some of the evaluation text; `left_out` says why there are no
+    continuations."""
+
+    paragraph: ParagraphFacts | None = None
+    continuations: Annotated[tuple[ContinuationFacts, ...], Field(strict=False)] = ()
+    left_out: str | None = None
+
+
 class CostFacts(_Facts):
     """The cost of the whole run."""
 
@@ -228,6 +299,7 @@ class Report(_Facts):
     stages: Annotated[tuple[StageFacts, ...], Field(strict=False)]
     cost: CostFacts
     environment: EnvironmentFacts
+    samples: SampleFacts | None = None
 
     @property
     def linears(self) -> tuple[LinearFacts, ...]:
@@ -248,6 +320,7 @@ class Report(_Facts):
         """The text of report.json: keys in the order of the contract, floats in full precision. Raises
         ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
+        samples = facts.pop("samples")
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
         # present only if they are set
         optional = [
@@ -256,12 +329,18 @@ class Report(_Facts):
             (facts, "auto_class"),
             (facts, "plug_in"),
             (facts, "own_code"),
+            (facts["fidelity"], "kl_nats_distribution"),
             *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
         ]
         for holder, key in optional:
             if holder[key] is None:
                 del holder[key]
-        return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+        if samples is not None:
+            # on one line, as they are thousands of numbers
+            told = json.dumps(samples, ensure_ascii=False, allow_nan=False)
+            text = f'{text.removesuffix("}").rstrip()},\n  "samples": {told}\n}}'
+        return text + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str | Path = FILE) -> "Report":

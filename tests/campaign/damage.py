@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # hold times, and may differ between two runs
-TOLD = ("report.json", "README.md", ".eval_results/llmcompress.yaml")
+TOLD = ("report.json", "report.html", "README.md", ".eval_results/llmcompress.yaml")
 
 
 def flip(file: Path, draw: random.Random) -> None:

@@ -111,6 +111,8 @@ PLACES = (
     "--against",
     "--json",
     "report",
+    "compare",
+    "--html",
     "reproduce",
     "push",
 )
@@ -131,6 +133,10 @@ def _spelled(bench: Bench, place: Path, where: str, word: str) -> tuple[str, ...
         return ("evaluate", base, "--data", text, "--length", "24", "--samples", "2", where, word)
     if where == "report":
         return ("report", word)
+    if where == "compare":
+        return ("compare", artefact, word)
+    if where == "--html":
+        return ("compare", artefact, str(place), where, _inside(place, word))
     if where == "reproduce":
         return ("reproduce", word, "--out", out)
     if where == "push":

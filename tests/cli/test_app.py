@@ -21,7 +21,18 @@ from llmcompress.recipe import shipped
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import Result, shell
 
-COMMANDS = ("run", "plan", "evaluate", "report", "push", "reproduce", "recipes", "doctor", "schema")
+COMMANDS = (
+    "run",
+    "plan",
+    "evaluate",
+    "report",
+    "compare",
+    "push",
+    "reproduce",
+    "recipes",
+    "doctor",
+    "schema",
+)
 EVALUATION = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
 AGAINST = ["kl_nats_mean", "kl_nats_p99", "top1_agreement"]
 
@@ -76,13 +87,66 @@ def test_run_prints_the_report_and_says_where_the_result_lies(shelf: Path) -> No
     assert (shelf / "out" / "model.safetensors").is_file() and (shelf / "out" / "report.json").is_file()
 
 
-def test_report_prints_what_run_printed(shelf: Path, cli: Cli) -> None:
+def test_report_prints_what_run_printed_and_writes_the_page_anew(shelf: Path, cli: Cli) -> None:
+    page = shelf / "out" / "report.html"
+    before = page.read_bytes()
+    page.write_text("something else")
     done = cli("report", shelf / "out")
     assert done.code == 0 and not done.err
-    assert (
-        done.out.splitlines()
-        == (shelf / "printed.txt").read_text().splitlines()[: len(done.out.splitlines())]
-    )
+    *printed, last = done.out.splitlines()
+    assert printed == (shelf / "printed.txt").read_text().splitlines()[: len(printed)]
+    assert last == f"page: {page}" and page.read_bytes() == before
+
+
+def test_report_opens_the_page_in_a_browser(shelf: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def opens(address: str) -> bool:
+        opened.append(address)
+        return True
+
+    monkeypatch.setattr("webbrowser.open", opens)
+    assert cli("report", shelf / "out", "--open").code == 0
+    assert opened == [(shelf / "out" / "report.html").resolve().as_uri()]
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert "no browser can be started here" in cli("report", shelf / "out", "--open").err
+
+
+def test_a_page_that_can_not_be_written_is_a_warning_unless_it_is_to_be_opened(
+    shelf: Path, cli: Cli, tmp_path: Path
+) -> None:
+    shutil.copytree(shelf / "out", tmp_path / "made")
+    (tmp_path / "made" / "report.html").unlink()
+    (tmp_path / "made" / "report.html").mkdir()
+    done = cli("report", tmp_path / "made")
+    assert done.code == 0 and "KL(base || compressed), mean" in done.out
+    assert done.err.startswith("warning: ") and "report.html can't be written" in done.err
+    refused(cli("report", tmp_path / "made", "--open"), "report.html can't be written", tmp_path)
+
+
+def test_compare_prints_artefacts_by_size_and_writes_a_page(shelf: Path, cli: Cli, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(shelf / "out", tmp_path / "other"))
+    told = json.loads((other / "report.json").read_text())
+    told["compressed"]["size_bytes"] += 1000
+    told["fidelity"]["kl_nats_mean"] *= 2
+    (other / "report.json").write_text(json.dumps(told))
+    done = cli("compare", other, shelf / "out", "--html", tmp_path / "both.html")
+    assert done.code == 0 and not done.err
+    rows = [line.split() for line in done.out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[-1] for row in rows] == [str(shelf / "out"), str(other)]
+    assert "1" in rows[1][8:-3] and "1" not in rows[0][8:-3]  # the larger one is beaten by the first
+    assert done.out.splitlines()[-1] == f"page: {tmp_path / 'both.html'}"
+    assert "2 artefacts compared" in (tmp_path / "both.html").read_text()
+
+
+def test_what_can_not_be_compared_is_one_clear_line(shelf: Path, cli: Cli, tmp_path: Path) -> None:
+    refused(cli("compare", shelf / "out"), "a comparison is of two artefacts or more", tmp_path)
+    refused(cli("compare", shelf / "out", shelf / "out"), "is given twice", tmp_path)
+    refused(cli("compare", shelf / "out", shelf / "base"), "report.json can't be read", tmp_path)
+    refused(cli("compare", shelf / "out", "no such thing"), "is no folder", tmp_path)
+    html = ("--html", tmp_path / "none" / "page.html")
+    other = shutil.copytree(shelf / "out", tmp_path / "other")
+    refused(cli("compare", shelf / "out", other, *html), "give another --html file", tmp_path)
 
 
 def test_plan_says_what_to_expect_and_runs_nothing(shelf: Path, cli: Cli) -> None:

@@ -14,11 +14,11 @@ from llmcompress.cli.app import app
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SHARED = {
     "--base": {"run", "plan", "reproduce"},
-    "--data": {"run", "plan", "evaluate", "reproduce"},
-    "--effort": {"run", "plan"},
+    "--data": {"run", "plan", "search", "evaluate", "reproduce"},
+    "--effort": {"run", "plan", "search"},
     "--time": {"run", "plan"},
-    "--device": {"run", "plan", "evaluate", "reproduce"},
-    "--out": {"run", "reproduce"},
+    "--device": {"run", "plan", "search", "evaluate", "reproduce"},
+    "--out": {"run", "search", "reproduce"},
     "--overwrite": {"run", "reproduce"},
 }
 HELP = """
@@ -45,7 +45,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
 
 def test_there_are_these_commands() -> None:
     known = {"run", "plan", "evaluate", "report", "push", "reproduce"}
-    known |= {"recipes", "families", "doctor", "schema"}
+    known |= {"search", "compare", "recipes", "families", "doctor", "schema"}
     assert COMMANDS.keys() == known
 
 

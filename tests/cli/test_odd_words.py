@@ -15,6 +15,7 @@ from llmcompress.cli.app import evaluate as evaluate_command
 from llmcompress.errors import CompressError, ModelError, OutputError, RecipeError
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.user_paths import SHOWN, path_of
+from llmcompress.pipeline.compare import compare
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.reproduce import reproduce
@@ -75,6 +76,8 @@ def test_every_entry_refuses_a_name_that_no_path_has(case: str, tmp_path: Path) 
         "model to evaluate": lambda: evaluate(words),
         "artefact": lambda: reproduce(words),
         "report": lambda: Report.of(words),
+        "artefact to compare": lambda: compare([words, "some/model"]),
+        "page to write": lambda: compare(["one", "other"], html=words),
     }
     for what, attempt in attempts.items():
         with pytest.raises(CompressError) as refused:

@@ -251,3 +251,14 @@ def test_reports_cut_anywhere_are_refused() -> None:
     text = json.dumps({"schema": 1, "recipe_digest": "a", "stages": []})
     for stop in range(len(text)):
         assert bounded(partial(Report.from_json, text[:stop])) is None
+
+
+@pytest.mark.parametrize("text", ["\\u0000", "a \\\\u001b[0m", "\\", "\\n"])
+def test_text_that_spells_an_escape_is_text(text: str) -> None:
+    assert json_of(json.dumps([text]), largest=100) == [text]
+
+
+@pytest.mark.parametrize("text", ["\x00", "\\\x1b[0m", "\\\\\x7f", "\x9b"])
+def test_an_escape_of_a_control_character_is_refused(text: str) -> None:
+    with pytest.raises(Unreadable, match="control characters"):
+        json_of(json.dumps([text]), largest=100)

@@ -99,7 +99,7 @@ def test_what_is_on_the_hub_is_the_artefact_with_its_card(world: World) -> None:
         == names
         >= {"recipe.yaml", "report.json", "before_after.png", "model.safetensors"}
     )
-    same = names - {"README.md", "report.json"}
+    same = names - {"README.md", "report.html", "report.json"}
     assert all(there[name] == (here / name).read_bytes() for name in same)
     report, raw = Report.from_json(there["report.json"]), json.loads((here / "report.json").read_text())
     assert report.compressed.model == "me/tiny" and raw["compressed"]["model"] == "out"
@@ -118,10 +118,34 @@ def test_what_is_on_the_hub_is_the_artefact_with_its_card(world: World) -> None:
     )
     assert 'name = "me/tiny"\n' in card.text and "llmcompress reproduce me/tiny\n" in card.text
     assert str(world.place) not in "".join(
-        there[name].decode() for name in ("README.md", "report.json", "recipe.yaml")
+        there[name].decode() for name in ("README.md", "report.html", "report.json", "recipe.yaml")
     )
     results = there[".eval_results/llmcompress.yaml"].decode()
     assert f"revision: {world.commits['texts']}" in results and "id: them/texts" in results
+
+
+def test_an_artefact_on_the_hub_is_compared_by_its_id(world: World) -> None:
+    code, out, err = shell(world.env, "compare", "me/tiny", "out", "--html", "both.html", cwd=world.place)
+    assert code == 0 and not err, err
+    assert "me/tiny" in out and "2 artefacts compared" in (world.place / "both.html").read_text()
+    code, out, err = shell(world.env, "compare", "out", "them/base", cwd=world.place)
+    assert code == 2 and "lacks report.json" in err and len(err.splitlines()) == 1
+
+
+def test_text_that_not_everyone_may_read_stays_on_this_machine(world: World) -> None:
+    page = world.hub.files("me/tiny")["report.html"].decode()
+    assert 'class="t ' in page and "me/tiny" in page
+    texts = world.hub.add("them/closed", facts("train.jsonl", "test.jsonl"), kind="dataset", gated=True)
+    closed = Path(shutil.copytree(world.place / "out", world.place / "closed"))
+    told = json.loads((closed / "report.json").read_text())
+    told["data"] |= {"source": "them/closed", "revision": texts}
+    (closed / "report.json").write_text(json.dumps(told))
+    code, _, err = shell(world.env, "push", "closed", "me/closed", cwd=world.place)
+    assert code == 0, err
+    there = world.hub.files("me/closed")
+    samples = json.loads(there["report.json"])["samples"]
+    assert samples == {"paragraph": None, "continuations": [], "left_out": "the text is not public"}
+    assert 'class="t ' not in there["report.html"].decode()
 
 
 def test_a_second_push_sends_nothing_and_commits_nothing(world: World) -> None:

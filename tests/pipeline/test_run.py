@@ -29,6 +29,7 @@ from llmcompress.pipeline.disk_store import source_digest
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
+from llmcompress.report.page import page
 from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -162,6 +163,49 @@ def test_a_report_tells_of_every_linear_and_every_byte(name: str, everyone: dict
     assert (report.data.calibration_tokens, report.data.evaluation_tokens) == (8 * 24, 4 * 24)
 
 
+def test_a_report_tells_of_a_paragraph_and_of_what_both_models_write(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    report = run_recipe(small_recipe(text, base), tmp_path / "out")
+    spread, samples = report.fidelity.kl_nats_distribution, report.samples
+    assert spread is not None and sum(spread.counts) == 4 * 24 and spread.p99 == report.fidelity.kl_nats_p99
+    assert samples is not None and samples.paragraph is not None and samples.left_out is None
+    paragraph = "".join(samples.paragraph.tokens)
+    assert len(samples.paragraph.tokens) == 24 and paragraph in text.read_text()
+    assert [each.tokens for each in samples.continuations] == [12] * 4
+    assert all(each.prompt in text.read_text() for each in samples.continuations)
+    assert (tmp_path / "out" / "report.html").read_text() == page(report, _shared(tmp_path / "out", report))
+
+
+def _shared(folder: Path, report: Report) -> str:
+    return Recipe.from_file(folder / "recipe.yaml").for_others(report).to_yaml()
+
+
+def test_a_model_that_is_too_large_or_too_slow_writes_nothing_and_the_report_says_so(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    for setting, why in (("SHARE", "too large to be loaded whole"), ("WRITES_S", "more than 0 s")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"llmcompress.pipeline.evaluate.{setting}", 0)
+            report = run_recipe(small_recipe(text, base), tmp_path / setting)
+        assert report.samples is not None and report.samples.paragraph is not None
+        assert not report.samples.continuations and why in (report.samples.left_out or "")
+        assert why in (tmp_path / setting / "report.html").read_text()
+        assert (report.compressed.tokens_per_s is None) == (setting == "SHARE")
+
+
+def test_samples_that_can_not_be_spelled_cost_no_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("a tokenizer of others")
+
+    monkeypatch.setattr("llmcompress.report.samples.token_texts", fails)
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    assert run_recipe(small_recipe(text, base), tmp_path / "out").samples is None
+    assert "the report has no samples of text" in caplog.text
+
+
 @pytest.mark.slow
 def test_an_artefact_carries_its_recipe_its_report_and_the_small_files(
     everyone: dict[str, Path], text: Path
@@ -169,7 +213,7 @@ def test_an_artefact_carries_its_recipe_its_report_and_the_small_files(
     out = everyone["llama"]
     files = set(contents(out))
     assert {"report.json", "recipe.yaml", "README.md", "tokenizer.json", "generation_config.json"} <= files
-    assert {"error_per_layer.png", "before_after.png"} <= files
+    assert {"error_per_layer.png", "before_after.png", "report.html"} <= files
     recipe = Recipe.from_file(out / "recipe.yaml")
     assert (
         recipe == small_recipe(text, out.parent / "llama") and recipe.digest == Report.of(out).recipe_digest
@@ -208,7 +252,7 @@ def slow_recipe(text: Path, base: Path) -> Recipe:
     return small_recipe(text, base, rounding="learned", steps=12)
 
 
-TIMED = {"report.json", "README.md", "before_after.png"}  # show seconds and speeds
+TIMED = {"report.json", "report.html", "README.md", "before_after.png"}  # show seconds and speeds
 
 
 @pytest.mark.slow
@@ -394,7 +438,7 @@ def test_the_keys_of_the_report_are_the_contract(text: Path, tmp_path: Path) -> 
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     run_recipe(small_recipe(text, base, rounding="nearest"), tmp_path / "out")
     report: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
-    sections = ["base", "compressed", "fidelity", "data", "stages", "cost", "environment"]
+    sections = ["base", "compressed", "fidelity", "data", "stages", "cost", "environment", "samples"]
     assert list(report) == ["schema", "recipe_digest", *sections]
     model = {"model", "revision", "parameters", "size_bytes", "perplexity", "tokens_per_s"}
     assert model <= report["base"].keys() == report["compressed"].keys()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_a_model_does_not_differ_from_itself(sequences: Tensor) -> None:
     assert found.facts().model_dump() == {
         "kl_nats_mean": 0.0,
         "kl_nats_p99": 0.0,
+        "kl_nats_distribution": metrics.distribution(torch.zeros(W * L)).model_dump(),
         "top1_agreement": 1.0,
         "perplexity_ratio": 1.0,
         "perplexity_ratio_ci95": (1.0, 1.0),
@@ -294,6 +296,39 @@ def test_the_environment_names_versions_and_a_device_in_words() -> None:
     assert set(found.versions) == {"python", "torch", "transformers", "bitsandbytes", "llmcompress"}
     assert found.device.endswith(f", {torch.get_num_threads()} threads")
     assert len(found.device.split(",")[0]) > 2
+
+
+def test_the_distribution_of_kl_counts_every_token_once() -> None:
+    kl = torch.cat([torch.zeros(7), 10 ** torch.linspace(-8, 3, 993)])
+    found = metrics.distribution(kl[torch.randperm(1000, generator=torch.Generator().manual_seed(0))])
+    edges = torch.tensor(found.edges, dtype=torch.float64)
+    assert sum(found.counts) == 1000 and len(found.counts) == len(edges) + 1
+    for place, count in enumerate(found.counts):
+        low = edges[place - 1] if place else 0.0
+        high = edges[place] if place < len(edges) else math.inf
+        assert count == int(((kl.double() >= low) & (kl.double() < high)).sum())
+    ordered = kl.sort().values
+    assert (found.p50, found.p90, found.p99) == tuple(float(ordered[n - 1]) for n in (500, 900, 990))
+    assert found.largest == float(kl.max())
+
+
+def test_a_value_at_an_edge_counts_above_it() -> None:
+    found = metrics.distribution(torch.tensor([1.0]))
+    assert found.edges[found.counts.index(1) - 1] == 1.0
+
+
+def test_what_a_model_continues_is_what_it_generates() -> None:
+    model: Any = llama()
+    prompts = torch.randint(V, (3, 5), generator=torch.Generator().manual_seed(3))
+    expected = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(metrics.continued(model, prompts, 9), expected[:, 5:])
 
 
 def test_perplexity_costs_little_beside_a_forward_pass_of_a_small_model() -> None:
