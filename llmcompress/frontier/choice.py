@@ -22,10 +22,12 @@ STEPS = 1 << 14  # of a budget, to which sizes are rounded up, so that the knaps
 
 @dataclass(frozen=True)
 class Outer:
-    """What becomes of the weights outside the layers: settings of `quantize`, their loss and their bytes."""
+    """What becomes of the weights outside the layers: settings and overrides of `quantize`, their loss and
+    their bytes."""
 
     name: str
     settings: Mapping[str, str]
+    overrides: Mapping[str, Mapping[str, str]]
     nats: float
     size_bytes: int
     native: bool
@@ -71,7 +73,7 @@ class Uniform:
     """A model in which every linear that can takes the same way, with its bytes and expected nats/token."""
 
     way: str
-    embedding: str
+    outside: str
     size_bytes: int
     nats: float
 

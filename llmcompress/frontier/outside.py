@@ -1,6 +1,7 @@
-"""What becomes of the weights outside the layers: kept, or an int8 embedding with the head tied to it.
+"""What becomes of the weights outside the layers: kept, or embedding and head in int8.
 
-The loss of a rounded embedding is measured, on a sample of the text, in the full model.
+A head that is tied to the embedding is the same matrix. The loss of rounding them is measured, on a sample of
+the text, in the full model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from llmcompress.algorithms.rowwise_int8 import round_rows
 from llmcompress.errors import ModelError
+from llmcompress.formats import registry
+from llmcompress.formats.integer import IntegerLayout
+from llmcompress.formats.schemes import IntegerScheme
 from llmcompress.frontier.choice import Outer
 from llmcompress.frontier.costs import Priced, header_bytes
 from llmcompress.frontier.ways import KEEP
@@ -22,6 +26,7 @@ from llmcompress.stages.quantize.config import FormatConfig
 from llmcompress.stages.quantize.embedding import embedding_codings
 
 HEADER = 64  # bytes of a safetensors header beside its tensors
+INT8 = {"format": "w8a16"}  # of a head of its own
 
 
 def outers(
@@ -31,26 +36,46 @@ def outers(
     sequences: Tensor,
     unscored: int,
 ) -> list[Outer]:
-    """What the weights outside the layers may become, beside the linears of `units`.
+    """What the weights outside the layers may become, beside the linears of `units`, by falling size.
 
-    `opened` gives the model anew, as the embedding of one is rounded for good. Their loss is measured on the
+    `opened` gives the model anew, as the matrices of one are rounded for good. Their loss is measured on the
     first of the `sequences`.
     """
-    embedding = f"{model.anatomy.embedding}.weight"
     size = _stored_outside(model, units)
-    found = [Outer(KEEP.name, {}, 0.0, size, native=True)]
-    V, D = model.model.get_parameter(embedding).shape
-    coded = V * D + 4 * V + header_bytes(embedding, (V, D)) + header_bytes(f"{embedding}_scale", (V,))
-    saved = V * D * model.dtype_of(embedding).itemsize - coded
+    found = [Outer(KEEP.name, {}, {}, 0.0, size, native=True)]
+    embedding, head = model.anatomy.embedding, model.anatomy.head
+    tied = model.reader(embedding) == head
+    few = first_sequences(sequences, TOKENS_AT_ONCE)
+    for name, matrices in {
+        "int8 head": [] if tied else [head],
+        "int8 embedding": [embedding] if _can_be_int8(model) else [],
+        "int8 embedding and head": [] if tied or not _can_be_int8(model) else [embedding, head],
+    }.items():
+        saved = sum(_saved(model, matrix) for matrix in matrices)
+        if saved > 0:
+            nats = _rounded(model, opened(), matrices, few, unscored)
+            settings = {"embedding": "int8"} if embedding in matrices else {}
+            overrides = {head: INT8} if head in matrices else {}
+            if head in matrices:
+                settings["head"] = "quantize"
+            found.append(Outer(name, settings, overrides, nats, size - saved, native=False))
+    return sorted(found, key=lambda outer: -outer.size_bytes)
+
+
+def _can_be_int8(model: LayerwiseModel) -> bool:
+    """Whether the embedding does nothing but look rows up."""
     try:
         embedding_codings(model, FormatConfig(format="w8a16"))
-    except ModelError:  # an embedding that does more than look rows up
-        return found
-    if saved > 0:
-        few = first_sequences(sequences, TOKENS_AT_ONCE)
-        nats = _rounded_embedding(model, opened(), few, unscored)
-        found.append(Outer("int8", {"embedding": "int8"}, nats, size - saved, native=False))
-    return found
+    except ModelError:
+        return False
+    return True
+
+
+def _saved(model: LayerwiseModel, name: str) -> int:
+    """The bytes that int8 codes with a scale a row save of a matrix."""
+    V, D = model.model.get_parameter(f"{name}.weight").shape
+    coded = V * D + 4 * V + header_bytes(f"{name}.weight_scale", (V,))
+    return V * D * model.dtype_of(f"{name}.weight").itemsize - coded
 
 
 def _stored_outside(model: LayerwiseModel, units: Sequence[Priced]) -> int:
@@ -62,12 +87,18 @@ def _stored_outside(model: LayerwiseModel, units: Sequence[Priced]) -> int:
 
 
 @torch.no_grad()
-def _rounded_embedding(
-    model: LayerwiseModel, rounded: LayerwiseModel, sequences: Tensor, unscored: int
+def _rounded(
+    model: LayerwiseModel, rounded: LayerwiseModel, matrices: Sequence[str], sequences: Tensor, unscored: int
 ) -> float:
-    """KL in nats/token of a model whose embedding, and a head tied to it, are rounded to int8."""
-    codes_VD, scale_V = round_rows(rounded.outer_weight(f"{model.anatomy.embedding}.weight"))
-    rounded.set_embedding(codes_VD.float() * scale_V[:, None], None)
+    """KL in nats/token of a model in which some matrices outside the layers are rounded to int8."""
+    for name in matrices:
+        W_VD = rounded.outer_weight(f"{name}.weight")
+        if name == model.anatomy.embedding:
+            codes_VD, scale_V = round_rows(W_VD)
+            rounded.set_embedding(codes_VD.float() * scale_V[:, None], None)
+        else:
+            packed = IntegerScheme(IntegerLayout("w8a16")).nearest(W_VD)
+            rounded.model.get_parameter(f"{name}.weight").data = registry.dequantize(packed).to(W_VD)
     lost, scored = 0.0, 0
     for ours, theirs in zip(
         logits(rounded, sequences, unscored=unscored),

@@ -32,7 +32,7 @@ def stages_of(units: Sequence[Priced], choice: Choice) -> list[dict[str, Any]]:
         if way is not usual
     }
     every = [linear for unit in units for linear in unit.linears]
-    others: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {name: dict(of) for name, of in choice.outer.overrides.items()}
     skip: list[str] = []
     for pattern, way in _patterns(every, taken).items():
         if way is KEEP:

@@ -65,14 +65,15 @@ class WayRow:
 @dataclass(frozen=True)
 class Found:
     """The best choice within a size: its recipe, the bytes of its files and its expected loss in nats/token,
-    what becomes of the embedding and of the linears."""
+    what becomes of the weights outside the
+    layers and of the linears."""
 
     asked: str  # the size that was asked for
     recipe: Recipe
     base_bytes: int
     size_bytes: int
     expected_nats: float
-    embedding: str
+    outside: str
     rows: tuple[WayRow, ...]
 
     @property
@@ -220,7 +221,7 @@ def write(searched: Searched, out: Path) -> None:
         frontier(
             f"Within a size: {short_name(searched.model)}",
             [(found.asked, found.size_bytes, found.expected_nats) for found in searched.found],
-            [(each.way, each.embedding != KEPT, each.size_bytes, each.nats) for each in searched.uniform],
+            [(each.way, each.outside != KEPT, each.size_bytes, each.nats) for each in searched.uniform],
             folder / "frontier.png",
         )
 

@@ -322,7 +322,7 @@ class FoundModel(Protocol):
     @property
     def expected_nats(self) -> float: ...
     @property
-    def embedding(self) -> str: ...
+    def outside(self) -> str: ...
     @property
     def rows(self) -> Sequence[WayLine]: ...
 
@@ -334,7 +334,7 @@ def print_found(model: FoundModel, console: Console) -> None:
     share = measured_percent(model.size_bytes / model.base_bytes)
     console.print(
         f"{amount(model.size_bytes, 'B')}, {share} of the base; expected KL {nats(model.expected_nats)}; "
-        f"embedding: {model.embedding}",
+        f"outside the layers: {model.outside}",
         highlight=False,
     )
 

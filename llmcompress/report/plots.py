@@ -242,12 +242,16 @@ def frontier(
     path: Path,
 ) -> None:
     """Draw KL over bytes to a PNG at `path`: the models that a search `found` on a line, each by name, bytes
-    and nats/token, and `beside` it those of one format, which also say whether the embedding is int8. Models
-    without any loss are left out."""
+    and nats/token, and `beside` it those of one format, which also say whether the weights outside the layers
+    are int8. Models without any loss are left out."""
     figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for coded, label in ((False, "one format"), (True, "one format, int8 embedding")):
-        shown = [(name, size, nats) for name, int8, size, nats in beside if int8 == coded and nats > 0]
+    for coded, label in ((False, "one format"), (True, "one format, int8 outside the layers")):
+        shown = [
+            (name, size, nats)
+            for name, coded_outside, size, nats in beside
+            if coded_outside == coded and nats > 0
+        ]
         if not shown:
             continue
         fill = "none" if coded else BEFORE

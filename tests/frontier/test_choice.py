@@ -18,8 +18,8 @@ from llmcompress.stages.quantize.stage import Quantize
 from tests.artefacts import CPU
 from tests.models import pico
 
-OUTSIDE = Outer("kept", {}, 0.0, 1000, native=True)
-CODED = Outer("int8", {"embedding": "int8"}, 0.01, 600, native=False)
+OUTSIDE = Outer("kept", {}, {}, 0.0, 1000, native=True)
+CODED = Outer("int8 embedding", {"embedding": "int8"}, {}, 0.01, 600, native=False)
 
 
 def priced(linear: str, draw: random.Random, ways: tuple[Way, ...] = MIXED.ways) -> Priced:
@@ -113,6 +113,14 @@ def test_a_recipe_gives_every_linear_the_way_that_was_chosen(seed: int) -> None:
     assert chosen == wanted
     if seed == 3:
         assert list(quantize.overrides) == ["*.mlp.down_proj"]
+
+
+def test_a_head_of_its_own_is_an_override() -> None:
+    units = [priced("model.layers.0.mlp.up_proj", random.Random(6))]
+    outer = Outer("int8 head", {"head": "quantize"}, {"lm_head": {"format": "w8a16"}}, 0.0, 0, native=False)
+    stages = stages_of(units, Choice(MIXED, outer, (MIXED.ways[3],), 0.0, 0))
+    settings = stages[0]["quantize"]
+    assert settings["head"] == "quantize" and settings["overrides"] == {"lm_head": {"format": "w8a16"}}
 
 
 def test_keeping_all_linears_is_no_stage() -> None:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 class Place:
     """A base with a text, and a cache of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.base = save_base(folder / "base", num_hidden_layers=3, intermediate_size=128)
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.base = save_base(folder / "base", num_hidden_layers=3, intermediate_size=128, **config)
         source = str(write_text(folder / "facts.txt"))
         self.data: dict[str, Any] = {"source": source, "samples": 8, "length": 32, "evaluation_samples": 4}
 
@@ -55,6 +55,19 @@ def test_what_is_found_is_as_small_as_was_asked(place: Place, size: str, tmp_pat
     assert report.plug_in
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_smallest_model_has_int8_outside_the_layers(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    place = Place(tmp_path, tie_word_embeddings=tied)
+    (found,) = place.search("26%").found
+    assert found.outside == ("int8 embedding" if tied else "int8 embedding and head")
+    run_recipe(found.recipe, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    assert 0.99 * found.size_bytes <= file.stat().st_size <= found.size_bytes
+
+
 def test_more_bytes_lose_less(place: Place) -> None:
     found = place.search("60%", "30%", "45%").found
     assert [each.asked for each in found] == ["30%", "45%", "60%"]
@@ -65,7 +78,7 @@ def test_more_bytes_lose_less(place: Place) -> None:
 def test_what_loads_with_transformers_needs_no_plugin(place: Place, tmp_path: Path) -> None:
     (found,) = place.search("60%", loads_with="transformers").found
     report = run_recipe(found.recipe, tmp_path / "out")
-    assert not report.plug_in and found.embedding == "kept"
+    assert not report.plug_in and found.outside == "kept"
     kind = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
     assert kind == "bitsandbytes"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
