@@ -3,11 +3,11 @@
     python -m evaluation search [--models demo wikilm-8m] [--rows ...] [--configurations 30]
 
 For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it finds
-are run. Beside them are run recipes of one method, without and with an int8 embedding, pruning to the same
-bytes, and, for each size, what the search could choose from, drawn at random (`random`). Each row has the
-loss that the search expected of it, if it did. With --configurations so many more random choices are run on
-the demo model, for the rank correlation of their loss with the expected one, to second order alone and
-corrected by measured layers. The result goes to results/search.json, a row at a time.
+are run. Beside them are run the recipe of one format that is expected to lose least within each size, with
+or without int8 outside the layers, pruning to the size, and, for each size, what the search could choose from,
+drawn at random. Each row has the loss that the search expected of it. With --configurations so many more
+random choices are run on the demo model, for the rank correlation of their loss with the expected one, to
+second order alone and corrected by measured layers. The result goes to results/search.json, a row at a time.
 """
 
 from __future__ import annotations
@@ -28,37 +28,20 @@ from evaluation.models import MODELS, Subject
 from evaluation.options import parser
 from evaluation.results import SearchRow
 from evaluation.runs import known, losses, run
-from llmcompress.frontier.choice import Choice
+from llmcompress.frontier.choice import Choice, Uniform
 from llmcompress.frontier.spelling import stages_of
-from llmcompress.frontier.ways import MIXED, Way, palettes
+from llmcompress.frontier.ways import KEPT, MIXED, Way, palettes
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.io.units import share_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.resolve import calibration_data, find_base
-from llmcompress.pipeline.search import Prices, prices_of, search, ways_of
+from llmcompress.pipeline.search import Prices, Searched, prices_of, search, ways_of
 from llmcompress.recipe.recipe import Recipe
 
 NAME = "search"
 SIZES = ("25%", "35%", "50%", "75%")
 FOUND, SINGLE, RANDOM, DRAWN = "found", "single", "random", "drawn"
-NF4: Mapping[str, Any] = {"format": "nf4", "double_quant": True}
-FORMATS: dict[str, Mapping[str, Any]] = {
-    "nf4, double": NF4,
-    "nf4": {"format": "nf4"},
-    "nf4, groups of 32": {"format": "nf4", "group_size": 32},
-    "w4a16": {"format": "w4a16"},
-    "w8a16": {"format": "w8a16"},
-    "int8": {"format": "int8"},
-    **{f"codebook of {size}": {"format": "codebook", "entries": size} for size in (4, 8, 16)},
-}
-SINGLES: dict[str, list[dict[str, Any]]] = {
-    **{name: [{"quantize": dict(settings)}] for name, settings in FORMATS.items()},
-    **{
-        f"{name}, int8 embedding": [{"quantize": {**settings, "embedding": "int8"}}]
-        for name, settings in FORMATS.items()
-    },
-}
 PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach
 ROWS = (FOUND, SINGLE, "pruned", RANDOM)
 
@@ -69,6 +52,25 @@ def prices(subject: Subject) -> Prices:
     opened = partial(DiskModel, folder, torch.device("cpu"))
     text = calibration_data(opened(), subject.data(), tokenizer_of(folder))
     return prices_of(opened, text, subject.data().seed, ways_of(palettes("llmcompress")), untracked)
+
+
+def best_single(searched: Searched, budget: float) -> Uniform:
+    """The model of one format, with or without int8 outside the layers, that is expected to lose least of those
+    within a budget."""
+    within = [each for each in searched.uniform if each.size_bytes <= budget and each.way != KEPT]
+    return min(within, key=lambda each: each.nats)
+
+
+def named(single: Uniform) -> str:
+    """The name of a model of one format."""
+    return single.way if single.outside == KEPT else f"{single.way}, {single.outside}"
+
+
+def stage_of(single: Uniform, found: Prices) -> dict[str, Any]:
+    """The stage that makes a model of one format."""
+    way = next(way for palette in palettes("llmcompress") for way in palette.ways if way.name == single.way)
+    outer = next(outer for outer in found.outers if outer.name == single.outside)
+    return {"quantize": {**way.settings, **outer.settings, "overrides": dict(outer.overrides)}}
 
 
 def drawn(found: Prices, budget: float, seed: int) -> Choice:
@@ -156,19 +158,19 @@ def measure(model: str, rows: Sequence[str], configurations: int) -> None:
         os.environ["LLMCOMPRESS_CACHE"] = folder
         to = Measurement(model, Path(folder))
         searched = search(subject.base, SIZES, data=subject.data())
-        whole = searched.found[0].base_bytes
+        whole, known_prices = searched.found[0].base_bytes, prices(subject)
         if FOUND in rows:
             for found in searched.found:
                 stages = found.recipe.model_dump(mode="json", exclude_unset=True)["stages"]
                 to.row(FOUND, found.asked, stages, found.expected_nats)
         if SINGLE in rows:
-            for name, stages in SINGLES.items():
-                to.row(SINGLE, name, stages)
+            for size in SIZES:
+                single = best_single(searched, known(share_of(size)) * whole)
+                to.row(SINGLE, named(single), [stage_of(single, known_prices)], single.nats)
         if "pruned" in rows:
             for size in PRUNED:
                 within = {"axis": ["ffn", "kv"], "size": int(known(share_of(size)) * whole)}
                 to.row(SINGLE, f"pruned, {size}", [{"prune": within}])
-        known_prices = prices(subject)
         if RANDOM in rows:
             for size in SIZES:
                 random_choice(to, known_prices, RANDOM, size, known(share_of(size)) * whole, 0)
