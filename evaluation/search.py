@@ -4,8 +4,8 @@
 
 For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it finds
 are run. Beside them are run the recipe of one format that is expected to lose least within each size, with
-or without int8 outside the layers, pruning to the size, and, for each size, what the search could choose from,
-drawn at random. Each row has the loss that the search expected of it. With --configurations so many more
+or without int8 outside the layers, pruning to the size, and choices of the search's formats drawn at random.
+Each row has the loss that the search expected of it. With --configurations so many more
 random choices are run on the demo model, for the rank correlation of their loss with the expected one, to
 second order alone and corrected by measured layers. The result goes to results/search.json, a row at a time.
 """
@@ -55,8 +55,8 @@ def prices(subject: Subject) -> Prices:
 
 
 def best_single(searched: Searched, budget: float) -> Uniform:
-    """The model of one format, with or without int8 outside the layers, that is expected to lose least of those
-    within a budget."""
+    """The model of one format, with or without int8 outside the layers, that is expected to lose least within
+    a budget."""
     within = [each for each in searched.uniform if each.size_bytes <= budget and each.way != KEPT]
     return min(within, key=lambda each: each.nats)
 

@@ -46,6 +46,7 @@ from evaluation.results import (
     RivalPruningRow,
     Rivals,
     Rows,
+    SearchRow,
     SeveralRow,
     SharingRow,
     Speed,
@@ -383,6 +384,66 @@ def healing(results: Results) -> str:
         parts.append(heading(model, f"{cut} {base} {where(result.hardware)}"))
         parts.append(table(header, lines))
     return joined(parts)
+
+
+def search(results: Results) -> str:
+    """For each model and size what the search found, the best of one format, and random choices."""
+    if (result := results.load("search", Rows[SearchRow])) is None:
+        return ""
+    header = ["size", "found", "expected", "best of one format", "its KL", "ratio", "pruned", "random"]
+    parts = []
+    for model in dict.fromkeys(row.model for row in result.rows):
+        of = [row for row in result.rows if row.model == model]
+        by_row = {(row.kind, row.row): row for row in of}
+        lines = []
+        for found in (row for row in of if row.kind == "found"):
+            singles = [row for row in of if row.kind == "single" and row.size_bytes <= found.size_bytes]
+            best = min(singles, key=lambda row: row.kl_nats_mean, default=None)
+            pruned = by_row.get(("single", f"pruned, {found.row}"))
+            random = by_row.get(("random", found.row))
+            lines.append(
+                [
+                    f"{found.row}, {megabytes(found.size_bytes)} MB",
+                    kl(found),
+                    f"{found.expected_nats:.5f}" if found.expected_nats is not None else "",
+                    f"{best.row}, {percent(best.share_of_bytes)}" if best else "none so small",
+                    kl(best),
+                    f"{found.kl_nats_mean / best.kl_nats_mean:.2f}" if best else "",
+                    kl(pruned),
+                    kl(random),
+                ]
+            )
+        drawn = correlations([row for row in of if row.kind == "drawn"])
+        parts.append(heading(model, f"{drawn}{where(result.hardware)}"))
+        parts.append(table(header, lines))
+    return joined(parts)
+
+
+def kl(row: SearchRow | None) -> str:
+    """The KL of a row, if there is one."""
+    return f"{row.kl_nats_mean:.5f}" if row else ""
+
+
+def correlations(rows: Sequence[SearchRow]) -> str:
+    """How well the loss of random choices is foretold, in words."""
+    if not rows:
+        return ""
+    measured = [row.kl_nats_mean for row in rows]
+    corrected, alone = (
+        rank_correlation(measured, [expected or 0.0 for expected in each])
+        for each in ([row.expected_nats for row in rows], [row.second_order_nats for row in rows])
+    )
+    return (
+        f"Rank correlation of the loss of {len(rows)} random choices with the expected one: {corrected:.3f}, "
+        f"to second order alone {alone:.3f}. "
+    )
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation of two lists without equal values."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (one, other)]
+    gaps = sum((a - b) * (a - b) for a, b in zip(*ranks, strict=True))
+    return 1 - 6 * gaps / (len(one) * (len(one) * len(one) - 1))
 
 
 def sharing(results: Results) -> str:
@@ -773,6 +834,13 @@ SECTIONS = (
         "`hidden` narrows embedding and head as well, so its models are smaller than the others at the "
         "same share.",
         pruning,
+    ),
+    Section(
+        "The best model within a size",
+        "KL in nats/token of what `search` finds within a share of the base's bytes, beside what it expected, "
+        "the measured recipe of one format with the least loss at no more bytes, `ffn` and `kv` pruned to that "
+        "size, and the formats of the search assigned at random: `python -m evaluation search`.",
+        search,
     ),
     Section(
         "Distillation after pruning",

@@ -233,3 +233,9 @@ def test_a_result_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "outliers.json").read_text())["rows"][0]["as it was"]["perplexity"] == 35.0
     found = results.load(tmp_path, "outliers", results.Rows[OutlierRow])
     assert found is not None and found.rows == [row] and found.commit == "abc1234"
+
+
+def test_the_rank_correlation_is_that_of_the_ranks() -> None:
+    assert tables.rank_correlation([0.1, 0.2, 5.0], [3.0, 4.0, 7.0]) == 1
+    assert tables.rank_correlation([1, 2, 3, 4], [8, 7, 6, 5]) == -1
+    assert tables.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
