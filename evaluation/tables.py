@@ -442,7 +442,7 @@ def correlations(rows: Sequence[SearchRow]) -> str:
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's rank correlation of two lists without equal values."""
     ranks = [[sorted(values).index(value) for value in values] for values in (one, other)]
-    gaps = sum((a - b) * (a - b) for a, b in zip(*ranks, strict=True))
+    gaps: int = sum((a - b) ** 2 for a, b in zip(*ranks, strict=True))
     return 1 - 6 * gaps / (len(one) * (len(one) * len(one) - 1))
 
 
@@ -837,9 +837,9 @@ SECTIONS = (
     ),
     Section(
         "The best model within a size",
-        "KL in nats/token of what `search` finds within a share of the base's bytes, beside what it expected, "
-        "the measured recipe of one format with the least loss at no more bytes, `ffn` and `kv` pruned to that "
-        "size, and the formats of the search assigned at random: `python -m evaluation search`.",
+        "KL in nats/token of what `search` finds within a share of the base's bytes, beside what it "
+        "expected, the measured recipe of one format with the least loss at no more bytes, `ffn` and `kv` "
+        "pruned to that size, and the formats of the search at random: `python -m evaluation search`.",
         search,
     ),
     Section(
