@@ -2,12 +2,13 @@
 
     python -m evaluation search [--models demo wikilm-8m] [--rows ...] [--configurations 30]
 
-For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it finds
-are run. Beside them are run the recipe of one format that is expected to lose least within each size, with
-or without int8 outside the layers, pruning to the size, and choices of the search's formats drawn at random.
-Each row has the loss that the search expected of it. With --configurations so many more
-random choices are run on the demo model, for the rank correlation of their loss with the expected one, to
-second order alone and corrected by measured layers. The result goes to results/search.json, a row at a time.
+For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it
+finds are run. Beside them are run the recipe of one format that is expected to lose least within each size,
+with or without int8 outside the layers; both with the same training of scales and levels (`healed`);
+pruning to the size; and choices of the search's formats drawn at random. Each row has the loss that the
+search expected of it. With --configurations so many more random choices are run on the demo model, for the
+rank correlation of their loss with the expected one, to second order alone and corrected by measured
+layers. The result goes to results/search.json, a row at a time.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ from llmcompress.io.units import share_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.resolve import calibration_data, find_base
-from llmcompress.pipeline.search import Prices, Searched, prices_of, search, ways_of
+from llmcompress.pipeline.search import Found, Prices, Searched, prices_of, search, ways_of
 from llmcompress.recipe.recipe import Recipe
 
 NAME = "search"
 SIZES = ("25%", "35%", "50%", "75%")
-FOUND, SINGLE, RANDOM, DRAWN = "found", "single", "random", "drawn"
+FOUND, SINGLE, HEALED, RANDOM, DRAWN = "found", "single", "healed", "random", "drawn"
 PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach
-ROWS = (FOUND, SINGLE, "pruned", RANDOM)
+HEALING_SIZES = ("25%", "35%")  # at which scales and levels are trained too
+HEALING = {"distill": {"train": "scales", "steps": 200, "batch": 4, "learning_rate": 1e-3}}
+ROWS = (FOUND, SINGLE, HEALED, "pruned", RANDOM)
 
 
 def prices(subject: Subject) -> Prices:
@@ -71,6 +74,12 @@ def stage_of(single: Uniform, found: Prices) -> dict[str, Any]:
     way = next(way for palette in palettes("llmcompress") for way in palette.ways if way.name == single.way)
     outer = next(outer for outer in found.outers if outer.name == single.outside)
     return {"quantize": {**way.settings, **outer.settings, "overrides": dict(outer.overrides)}}
+
+
+def stages_in(found: Found) -> list[dict[str, Any]]:
+    """The stages of a recipe that was found."""
+    stages: list[dict[str, Any]] = found.recipe.model_dump(mode="json", exclude_unset=True)["stages"]
+    return stages
 
 
 def drawn(found: Prices, budget: float, seed: int) -> Choice:
@@ -161,12 +170,17 @@ def measure(model: str, rows: Sequence[str], configurations: int) -> None:
         whole, known_prices = searched.found[0].base_bytes, prices(subject)
         if FOUND in rows:
             for found in searched.found:
-                stages = found.recipe.model_dump(mode="json", exclude_unset=True)["stages"]
-                to.row(FOUND, found.asked, stages, found.expected_nats)
+                to.row(FOUND, found.asked, stages_in(found), found.expected_nats)
         if SINGLE in rows:
             for size in SIZES:
                 single = best_single(searched, known(share_of(size)) * whole)
                 to.row(SINGLE, named(single), [stage_of(single, known_prices)], single.nats)
+        if HEALED in rows:
+            for found in [each for each in searched.found if each.asked in HEALING_SIZES]:
+                single = best_single(searched, known(share_of(found.asked)) * whole)
+                single_stage = stage_of(single, known_prices)
+                to.row(HEALED, f"found, {found.asked}", [*stages_in(found), HEALING])
+                to.row(HEALED, f"single, {found.asked}", [single_stage, HEALING])
         if "pruned" in rows:
             for size in PRUNED:
                 within = {"axis": ["ffn", "kv"], "size": int(known(share_of(size)) * whole)}

@@ -390,7 +390,8 @@ def search(results: Results) -> str:
     """For each model and size what the search found, the best of one format, and random choices."""
     if (result := results.load("search", Rows[SearchRow])) is None:
         return ""
-    header = ["size", "found", "expected", "best of one format", "its KL", "ratio", "pruned", "random"]
+    header = ["size", "found", "expected", "best of one format", "its KL", "ratio"]
+    header += ["healed", "healed of one format", "pruned", "random"]
     parts = []
     for model in dict.fromkeys(row.model for row in result.rows):
         of = [row for row in result.rows if row.model == model]
@@ -409,6 +410,7 @@ def search(results: Results) -> str:
                     f"{best.row}, {percent(best.share_of_bytes)}" if best else "none so small",
                     kl(best),
                     f"{found.kl_nats_mean / best.kl_nats_mean:.2f}" if best else "",
+                    *(kl(by_row.get(("healed", f"{kind}, {found.row}"))) for kind in ("found", "single")),
                     kl(pruned),
                     kl(random),
                 ]
@@ -838,8 +840,9 @@ SECTIONS = (
     Section(
         "The best model within a size",
         "KL in nats/token of what `search` finds within a share of the base's bytes, beside what it "
-        "expected, the measured recipe of one format with the least loss at no more bytes, `ffn` and `kv` "
-        "pruned to that size, and the formats of the search at random: `python -m evaluation search`.",
+        "expected, the measured recipe of one format with the least loss at no more bytes, both after the "
+        "same 200 steps on scales and levels (`healed`), `ffn` and `kv` pruned to that size, and the "
+        "formats of the search at random: `python -m evaluation search`.",
         search,
     ),
     Section(
