@@ -102,11 +102,16 @@ def _scores_lowered(routers: Sequence[Tensor], kept: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def holds(setting: Setting, axes: Axes, axis: str, fields: Mapping[str, Any]) -> bool:
-    """Whether the narrow model computes what the whole one does if nothing reads the units that are cut."""
-    kept = _some(axes.sizes[axis], axes.sizes[axis] // 2)
+    """Whether the narrow model computes what the whole one does if nothing reads the units that are cut.
+
+    Where layers hand something on, each loses other units than the one before it, as stages choose them layer
+    by layer.
+    """
+    size, each = axes.sizes[axis], bool(setting.subject.form.handed_on)
     state, silent, cut = setting.state, dict[str, Tensor](), dict[str, Tensor]()
     for name, dim in axes.layouts:
         unit = _units(setting, axes, (name, dim), axis)
+        kept = _some(size, size // 2, int(setting.layer_of(name).rpartition(".")[2]) if each else 0)
         cut[name] = _taken(setting, axes, (name, dim), axis, kept, cut.get(name, state[name]))
         if (name, dim) in setting.reads:
             heard = (unit < 0) | torch.isin(unit, kept)
@@ -145,9 +150,10 @@ def narrows(setting: Setting, axes: Axes, fields: Mapping[str, int], offset: flo
     return _equal(setting, silent, cut, fields)
 
 
-def _some(size: int, count: int) -> Tensor:
-    """`count` of `size` units, in order."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(3))[:count].sort().values
+def _some(size: int, count: int, layer: int = 0) -> Tensor:
+    """`count` of `size` units, in order: by the number of a layer those that follow others."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3)).roll(layer)
+    return order[:count].sort().values
 
 
 def _units(setting: Setting, axes: Axes, place: Place, axis: str) -> Tensor:
