@@ -91,11 +91,11 @@ def _derived(model: PreTrainedModel) -> Anatomy:
         raise ModelError(why)
     by_batch, handed_on = proved_walk(subject)
     subject = replace(subject, form=replace(subject.form, handed_on=handed_on))
-    writers = layers_that_write(subject)
+    subject = replace(subject, writers=layers_that_write(subject))
     kinds: dict[Hashable, Kind] = {}
     each_kind = [kind_of(layer) for layer in subject.layers]
     for kind, index in first_of_each_kind(subject.layers).items():
-        writes = any(each_kind[writer] == kind for writer in writers)
+        writes = any(each_kind[writer] == kind for writer in subject.writers)
         readers, crossings = proved_readers(subject, index), proved_crossings(subject, index)
         kinds[kind] = Kind(subject.layers[index], f"{path}.{index}", readers, crossings, writes)
     experts = {

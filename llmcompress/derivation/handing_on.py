@@ -28,13 +28,14 @@ def seen_handed_on(subject: Subject) -> dict[str, int]:
     return found
 
 
-def layers_that_write(subject: Subject) -> list[int]:
+def layers_that_write(subject: Subject) -> frozenset[int]:
     """The layers that write to a mapping that is handed on."""
     if 0 not in subject.form.handed_on.values():
-        return []
+        return frozenset()
     with _watching(subject) as (_, written):
         logits(subject.model, subject.tokens[0])
-    return [index for index, names in enumerate(written) if names & subject.form.handed_on.keys()]
+    handed_on = subject.form.handed_on.keys()
+    return frozenset(index for index, names in enumerate(written) if names & handed_on)
 
 
 @contextmanager

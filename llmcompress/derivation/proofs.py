@@ -28,6 +28,9 @@ from llmcompress.integrations.layer_calls import (
 )
 from llmcompress.integrations.linear_modules import weight_of
 
+CODES = (torch.int8, torch.uint8)  # dtypes of codes
+DTYPE_READ = "gives its dtype to what it reads, which codes would round to bytes"
+
 
 def proved_walk(subject: Subject) -> tuple[bool, Mapping[str, int]]:
     """Whether the layers run one by one only with arguments of each batch, because these depend on the
@@ -186,18 +189,20 @@ def prove_causal(subject: Subject) -> str | None:
 def prove_poison(subject: Subject, linears: Collection[str]) -> dict[str, str]:
     """Whether the weights of linears, by full name, are used by calls of their modules alone.
 
-    A linear runs on a copy of its weight and bias while the parameters are NaN. Returns those whose NaN are
-    seen elsewhere, with the reason.
+    A linear runs on a copy of its weight and bias while the parameters are NaN, and then while the weight is
+    of bytes, as codes are. Returns those where that is seen elsewhere, with the reason.
     """
-    why = "is read by another module too"
-    if not _seen(subject, linears):
-        return {}
-    return {name: why for name in linears if _seen(subject, [name])}
+    found: dict[str, str] = {}
+    for dtype, why in ((None, "is read by another module too"), *((dtype, DTYPE_READ) for dtype in CODES)):
+        if _seen(subject, linears, dtype):
+            found |= {name: why for name in linears if name not in found and _seen(subject, [name], dtype)}
+    return found
 
 
-def _seen(subject: Subject, linears: Collection[str]) -> bool:
-    """Whether the logits change when the parameters of linears are NaN outside of calls."""
-    with _poisoned(subject, linears):
+def _seen(subject: Subject, linears: Collection[str], dtype: torch.dtype | None) -> bool:
+    """Whether the logits change when the parameters of linears are NaN outside of calls, or their weights of
+    a dtype."""
+    with _poisoned(subject, linears, dtype):
         try:
             return subject.distance(logits(subject.model, subject.tokens[0])) >= subject.exact
         except Exception:  # a check for NaN, or an index made of them
@@ -205,17 +210,23 @@ def _seen(subject: Subject, linears: Collection[str]) -> bool:
 
 
 @contextmanager
-def _poisoned(subject: Subject, linears: Collection[str]) -> Iterator[None]:
+def _poisoned(subject: Subject, linears: Collection[str], dtype: torch.dtype | None) -> Iterator[None]:
     modules = [subject.model.get_submodule(name) for name in linears]
     saved = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
     for module in modules:
         bias = module.bias.data.clone() if isinstance(module.bias, Tensor) else None
         module.forward = partial(F.linear, weight=weight_of(module).clone(), bias=bias)
-    for parameter, data in saved:
+    weights = [(module, module.get_parameter("weight")) for module in modules if dtype is not None]
+    for module, weight in weights:
+        codes = torch.zeros(weight.shape, dtype=dtype)
+        module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+    for parameter, data in saved if dtype is None else ():
         parameter.data = torch.full_like(data, float("nan"))
     try:
         yield
     finally:
+        for module, weight in weights:
+            module._parameters["weight"] = weight
         for parameter, data in saved:
             parameter.data = data
         for module in modules:

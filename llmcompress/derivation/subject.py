@@ -39,6 +39,7 @@ class Subject:
     tokens: list[Tensor]  # batches [B, L], without special tokens
     expected: list[Tensor]  # their logits [B, L, V]
     exact: float = EXACT  # logits that differ by less are equal
+    writers: frozenset[int] = frozenset()  # layers that write to a mapping that is handed on
 
     @classmethod
     def like(cls, model: PreTrainedModel, path: str) -> Subject:

@@ -295,9 +295,13 @@ def test_what_a_layer_returns_for_the_next_one_is_found_by_the_argument_that_tak
 
 def test_heads_that_other_layers_read_are_not_cut() -> None:
     """Stages choose the heads of each layer by themselves; with one head for all queries, none is chosen."""
-    one, two = (derived(skeleton(config_of(name), torch.float32)) for name in ("gemma4_e2b", "gemma4_e4b"))
-    assert {each.cuts for each in one.each_layer} == {frozenset({"ffn", "q"})}
-    assert {each.cuts for each in two.each_layer} == {frozenset({"ffn"})}
+    cuts = {
+        name: {each.cuts for each in derived(skeleton(config_of(name), torch.float32)).each_layer}
+        for name in ("gemma4_e2b", "gemma4_e4b", "gemma3n")
+    }
+    assert cuts["gemma4_e2b"] == {frozenset({"ffn", "q"})}
+    assert cuts["gemma4_e4b"] == {frozenset({"ffn"})}
+    assert cuts["gemma3n"] == {frozenset()}
 
 
 @pytest.mark.parametrize(("name", "dim"), [("gemma3n", 0), ("deepseek_v4", 2)])
@@ -341,6 +345,15 @@ def test_a_weight_that_another_module_reads_too_is_found_and_no_other() -> None:
     assert prove_poison(subject, linears) == {linears[2]: "is read by another module too"}
     assert not prove_poison(subject, [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")])
     assert all(torch.isfinite(parameter).all() for parameter in subject.model.parameters())  # they are back
+
+
+def test_a_linear_whose_dtype_the_code_around_it_takes_for_its_input_is_kept() -> None:
+    """An indexer of DeepSeek-V3.2 casts what it reads to the dtype of a weight; codes are bytes."""
+    found = derived(skeleton(config_of("deepseek_v32"), torch.float32))
+    name = "self_attn.indexer.weights_proj"
+    for each in found.each_layer or [found]:
+        assert "gives its dtype to what it reads" in each.kept[name]
+        assert name not in each.linears and "self_attn.indexer.wq_b" in each.linears
 
 
 def test_a_linear_that_is_called_twice_or_for_some_tokens_is_kept() -> None:
