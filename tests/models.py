@@ -107,9 +107,47 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 TOKENS_ENTER_LAYERS = ("gemma4_text", "gemma4", "zamba", "zamba2")
 
 
+# types whose layers hand on more than their states, by the names of SHARING too
+HANDING_ON = ("gemma4_e2b", "gemma4_e4b", "gemma4_wrapper", "gemma3n", "zaya", "hy_v4")
+# types whose layers take states of four dimensions
+STREAMS = ("gemma3n", "deepseek_v4", "hy_v4")
+_E2B = {
+    "num_hidden_layers": 12,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4,
+    "num_kv_shared_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "use_double_wide_mlp": True,
+}
+_E4B = {**_E2B, "num_key_value_heads": 2, "use_double_wide_mlp": False}
+_GEMMA3N = {
+    "num_hidden_layers": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+    "num_kv_shared_layers": 4,
+    "intermediate_size": 16384,
+    "activation_sparsity_pattern": [0.95, *[0.0] * 7],
+}
+# models whose last layers read the keys and values of earlier ones, as the released small ones do
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_e2b": ("gemma4_text", _E2B),
+    "gemma4_e4b": ("gemma4_text", _E4B),
+    "gemma3n": ("gemma3n_text", _GEMMA3N),
+}
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """A config of a type, or of one of SHARING, of the size that its class has by default."""
+    if name == "gemma4_wrapper":
+        return AutoConfig.for_model("gemma4", text_config=config_of("gemma4_e2b").to_dict())
+    if name not in SHARING:
+        return example_config(name)
+    model_type, fields = SHARING[name]
+    return AutoConfig.for_model(model_type, **fields)
+
+
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A small config of any type, with a layer of each kind, and two that share weights if any do."""
-    config = example_config(model_type)
+    config = config_of(model_type)
     whole = skeleton(config, torch.float32)
     return shrunk(config, depth_needed(whole, paths_of_layers(whole)[0]))
 

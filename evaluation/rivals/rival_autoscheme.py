@@ -1,8 +1,8 @@
 """AutoRound's AutoScheme (Intel): the bits of each linear by its sensitivity, then AutoRound under them.
 
-Source: the documentation of auto-round 0.16, AutoScheme; Cheng et al. 2023, arXiv:2309.05516. Symmetric weights
-in 2, 3, 4 and 8 bits in one group size, as many bits on average as are asked for, scales included. It takes no
-token sequences, so it gets the text of the calibration sequences as a file and encodes it anew.
+Source: the documentation of auto-round 0.16, AutoScheme; Cheng et al. 2023, arXiv:2309.05516. Symmetric
+weights in 2, 3, 4 and 8 bits in one group size, as many bits on average as are asked for, scales included.
+It takes no token sequences, so it gets the text of the calibration sequences as a file and encodes it anew.
 """
 
 import json

@@ -37,6 +37,19 @@ PER_TOKEN = (
 )
 
 
+@dataclass(frozen=True)
+class CallForm:
+    """How the layers of a model are called: what they return, and the dimensions of the states."""
+
+    returned_items: int = 0  # of the tuple in which a layer returns its states; 0 if it returns them alone
+    streams: int = 1  # how many times the hidden width the states between layers are wide
+    # the dimension of the streams where a layer takes states of four dimensions; None for [B, L, W]
+    stream_dim: int | None = None
+    # what layers hand on beside their states: argument of a layer -> the item of what the layer before it
+    # returned; 0 for a mapping that layers write to, such as keys and values by type of layer
+    handed_on: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """The facts of one model family. `anatomy_of` returns those of one config, with all conditions
@@ -65,10 +78,10 @@ class Anatomy:
     # conditions on the config under which these rows do not describe the whole model
     refuses: tuple[str, ...] = ()
     level: int = AXES  # how far the facts go
-    returned_items: int = 0  # of the tuple in which a layer returns its states; 0 if it returns them alone
+    form: CallForm = field(default_factory=CallForm)
+    writes: bool = False  # whether a layer writes to a mapping that layers hand on
     buffers: Rows = field(default_factory=dict)  # those in a layer that run along an axis -> spelling
     arguments_by_batch: bool = False  # whether what a layer is called with depends on the tokens
-    streams: int = 1  # how many times the hidden width the states between layers are wide
     # linears and other matrices of a layer that stay as they are, with the reason
     kept: Rows = field(default_factory=dict)
     each_layer: tuple[Anatomy, ...] = ()  # the facts of each layer, if layers are of several kinds

@@ -32,6 +32,7 @@ class Kind:
     name: str
     readers: Readers
     crossings: Sequence[Crossing]
+    writes: bool = False  # whether it writes to a mapping that layers hand on
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,9 @@ class Found:
             head=_name(model, model.get_output_embeddings()),
             norm=self.norm,
             level=LINEARS,
-            returned_items=self.subject.returned_items,
             turns=turns,
             arguments_by_batch=self.by_batch,
-            streams=self.subject.width // self.subject.model.config.get_text_config(decoder=True).hidden_size,
+            form=self.subject.form,
         )
         each = tuple(
             self._layer(common, model, index, kind, tied.get(index, set()))
@@ -116,6 +116,7 @@ class Found:
             kept=readers.kept,
             experts=readers.experts,
             conv1d=frozenset(conv1d),
+            writes=found.writes,
             level=AXES if cuts else SCALES if spelling.pairs else LINEARS,
         )
 

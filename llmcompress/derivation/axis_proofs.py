@@ -102,11 +102,16 @@ def _scores_lowered(routers: Sequence[Tensor], kept: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def holds(setting: Setting, axes: Axes, axis: str, fields: Mapping[str, Any]) -> bool:
-    """Whether the narrow model computes what the whole one does if nothing reads the units that are cut."""
-    kept = _some(axes.sizes[axis], axes.sizes[axis] // 2)
+    """Whether the narrow model computes what the whole one does if nothing reads the units that are cut.
+
+    Where layers hand something on, those that do lose other units than those that read it, as stages choose
+    units layer by layer.
+    """
+    size = axes.sizes[axis]
     state, silent, cut = setting.state, dict[str, Tensor](), dict[str, Tensor]()
     for name, dim in axes.layouts:
         unit = _units(setting, axes, (name, dim), axis)
+        kept = _some(size, size // 2, _turn(setting, name))
         cut[name] = _taken(setting, axes, (name, dim), axis, kept, cut.get(name, state[name]))
         if (name, dim) in setting.reads:
             heard = (unit < 0) | torch.isin(unit, kept)
@@ -145,9 +150,19 @@ def narrows(setting: Setting, axes: Axes, fields: Mapping[str, int], offset: flo
     return _equal(setting, silent, cut, fields)
 
 
-def _some(size: int, count: int) -> Tensor:
-    """`count` of `size` units, in order."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(3))[:count].sort().values
+def _turn(setting: Setting, tensor: str) -> int:
+    """Which choice of units is that of a tensor's layer: 0 or 1. A layer that hands something on has another
+    one than those that read it."""
+    subject, index = setting.subject, int(setting.layer_of(tensor).rpartition(".")[2])
+    if subject.writers:
+        return int(index in subject.writers)
+    return index % 2 if subject.form.handed_on else 0  # each hands on to the next
+
+
+def _some(size: int, count: int, turn: int = 0) -> Tensor:
+    """`count` of `size` units, in order; one of them is another one at the next `turn`."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3)).roll(turn)
+    return order[:count].sort().values
 
 
 def _units(setting: Setting, axes: Axes, place: Place, axis: str) -> Tensor:

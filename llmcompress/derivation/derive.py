@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from llmcompress.derivation import proof_cache
 from llmcompress.derivation.assembly import Found, Kind, fits
 from llmcompress.derivation.axes import proved_axes
 from llmcompress.derivation.config_fields import Setting
+from llmcompress.derivation.handing_on import layers_that_write
 from llmcompress.derivation.proofs import prove_causal, prove_poison, proved_walk
 from llmcompress.derivation.readers import Readers, readers_of
 from llmcompress.derivation.scales import final_norm, proved_crossings
@@ -87,12 +89,15 @@ def _derived(model: PreTrainedModel) -> Anatomy:
     path, layers = subject.path, layers_at(model, subject.path)
     if (why := prove_causal(subject)) is not None:
         raise ModelError(why)
-    by_batch = proved_walk(subject)
+    by_batch, handed_on = proved_walk(subject)
+    subject = replace(subject, form=replace(subject.form, handed_on=handed_on))
+    subject = replace(subject, writers=layers_that_write(subject))
     kinds: dict[Hashable, Kind] = {}
     each_kind = [kind_of(layer) for layer in subject.layers]
     for kind, index in first_of_each_kind(subject.layers).items():
+        writes = any(each_kind[writer] == kind for writer in subject.writers)
         readers, crossings = proved_readers(subject, index), proved_crossings(subject, index)
-        kinds[kind] = Kind(subject.layers[index], f"{path}.{index}", readers, crossings)
+        kinds[kind] = Kind(subject.layers[index], f"{path}.{index}", readers, crossings, writes)
     experts = {
         f"{path}.{index}.{name}": transposed
         for index, kind in enumerate(each_kind)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.derivation.subject import LENGTH, Subject, same
-from llmcompress.integrations.layer_calls import entering, states_of
+from llmcompress.integrations.layer_calls import Handed, called, entering
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
 
@@ -214,10 +214,10 @@ def _inputs(
     hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in readers]
     hooks.append(layer.get_submodule(producer).register_forward_hook(grow))
     try:
-        states, arguments = entering(subject.model, subject.layers, tokens, subject.returned_items)
-        for other in range(index):
-            states = states_of(subject.layers[other](states, **arguments[other]))
-        layer(states, **arguments[index])
+        states, arguments = entering(subject.model, subject.layers, tokens, subject.form)
+        handed: Handed = {}
+        for other in range(index + 1):
+            states, handed = called(subject.layers[other], states, arguments[other], subject.form, handed)
     finally:
         for hook in hooks:
             hook.remove()

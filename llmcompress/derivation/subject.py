@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llmcompress.architectures.spec import CallForm
 from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
 from llmcompress.errors import ModelError
+from llmcompress.integrations.layer_calls import states_of
 
 LENGTH = 24  # tokens of a probe, more than the windows of a tiny model
 BATCHES = 2
@@ -28,16 +30,16 @@ DEPTHS = ("num_hidden_layers", "num_layers")  # fields that count layers; in som
 
 @dataclass(frozen=True)
 class Subject:
-    """A tiny model: its decoder layers, what one of them returns, and its logits."""
+    """A tiny model: its decoder layers, how they are called, and its logits."""
 
     model: PreTrainedModel
     path: str  # of the ModuleList of layers
     layers: nn.ModuleList
-    returned_items: int  # of the tuple in which a layer returns its states; 0 if it returns them alone
+    form: CallForm  # how its layers are called, without what they hand on until that is proved
     tokens: list[Tensor]  # batches [B, L], without special tokens
     expected: list[Tensor]  # their logits [B, L, V]
-    width: int = 0  # of the states between layers
     exact: float = EXACT  # logits that differ by less are equal
+    writers: frozenset[int] = frozenset()  # layers that write to a mapping that is handed on
 
     @classmethod
     def like(cls, model: PreTrainedModel, path: str) -> Subject:
@@ -58,16 +60,13 @@ class Subject:
         hook = layers[-1].register_forward_hook(lambda module, args, out: returned.append(out))
         try:
             expected = [logits(model, batch) for batch in tokens]
+            logits(model, tokens[0][:1])
         finally:
             hook.remove()
         if not returned:
             raise ModelError(f"a text doesn't go through {path}")
-        out = returned[0]
-        alone = isinstance(out, Tensor)
-        if not alone and not (isinstance(out, tuple | list) and isinstance(out[0], Tensor)):
-            raise ModelError(f"its layers return a {type(out).__name__}")
-        width = (out if alone else out[0]).shape[-1]
-        found = cls(model, path, layers, 0 if alone else len(out), tokens, expected, width)
+        form = _form(returned[0], returned[-1], model.config.get_text_config(decoder=True).hidden_size)
+        found = cls(model, path, layers, form, tokens, expected)
         return replace(found, exact=min(max(EXACT, ROUNDINGS * found.rounding()), WIDEST))
 
     @torch.no_grad()
@@ -101,6 +100,23 @@ class Subject:
             return float("inf")
         off = float((logits - expected).abs().max() / expected.std())
         return off if off == off else float("inf")
+
+
+def _form(out: Any, of_one: Any, hidden_size: int) -> CallForm:
+    """How layers are called, from what one returns for a batch and for one sequence. Errors: ModelError."""
+    alone = isinstance(out, Tensor)
+    if not alone and not (isinstance(out, tuple | list) and isinstance(out[0], Tensor)):
+        raise ModelError(f"its layers return a {type(out).__name__}")
+    items = 0 if alone else len(out)
+    shape, single = states_of(out).shape, states_of(of_one).shape
+    if len(shape) != 4:
+        return CallForm(items, max(1, shape[-1] // hidden_size))
+    # [streams, B, L, D] or [B, L, streams, D]
+    batch = next((dim for dim in range(4) if shape[dim] != single[dim]), -1)
+    stream_dim = {0: 2, 1: 0}.get(batch)
+    if stream_dim is None or shape[batch + 1] != LENGTH:
+        raise ModelError(f"its states are {list(shape)}, and where a batch is in them is not known")
+    return CallForm(items, shape[stream_dim] * shape[-1] // hidden_size, stream_dim)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Backward passes layer by layer: gradients of the states that leave each layer, and their Fisher matrices.
 
 The forward pass of `sequential.py` comes first and leaves its states on disk; each layer is then run again
-for its gradient. The memory is that of one layer and one stream of gradients, whatever the depth.
+for its gradient. The memory is that of one layer and one stream of gradients, whatever the depth; what layers
+hand on beside their states stays in memory, with its gradients.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.integrations.distributed import ALONE, Processes
+from llmcompress.integrations.layer_calls import Handed
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_precision, runs_in_half
+from llmcompress.modeling.handed_on import HandedOn
 from llmcompress.modeling.layer_arguments import Arguments
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import enter, layer_of, leave, pieces_of, walk
@@ -30,6 +35,8 @@ from llmcompress.modeling.token_limit import batches_of, joined
 # number of a batch, the model's probabilities [B, C, V] at some positions of it, next tokens [B, C] there
 # -> labels [B, C]
 Labels = Callable[[int, Tensor, Tensor], Tensor]
+# number of a sequence -> the gradients of what was handed on, by place
+Slopes = dict[int, dict[str, Tensor]]
 
 
 def output_fisher(
@@ -128,8 +135,10 @@ def gradients(
     """
     half = half and runs_in_half(resident)
     shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
+    handed = list[HandedOn]()  # to each layer
     for layer in walk(resident, sequences, through=True, half=half, processes=processes):
         last = layer
+        handed.append(layer.handed.copy())
         with writing(scratch):
             save_file(
                 {str(i): hidden for i, hidden in enumerate(resident.limit.units(layer.inputs))},
@@ -141,10 +150,16 @@ def gradients(
         grads.append(_from_head(resident, hidden, tokens, number, labels, unscored))
     _, arguments = enter(resident, shard.batches)
     (scratch / f"states-{last.index}.safetensors").unlink()
+    slopes: Slopes = {}
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
         on = bool(index or watched or first)
-        entering = _back(resident, index, arguments, scratch, grads, watched, found, half) if on else []
+        handed.pop()  # what the layer before has left
+        entering = (
+            _back(resident, index, arguments, handed[-1], scratch, grads, slopes, watched, found, half)
+            if on
+            else []
+        )
         processes.sum_(*found.values())
         yield index, grads, found
         grads = entering
@@ -183,26 +198,30 @@ def _back(
     resident: LayerwiseModel,
     index: int,
     arguments: Arguments,
+    handed: HandedOn,
     scratch: Path,
     grads: Sequence[Tensor],
+    slopes: Slopes,
     watched: Sequence[str],
     found: dict[str, Tensor],
     half: bool,
 ) -> list[Tensor]:
     """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
-    The gradients of watched parameters go into `found`."""
+    The gradients of watched parameters go into `found`; `slopes` are those of what leaves the layer beside
+    its states, and then of what enters it."""
     states = load_file(scratch / f"states-{index}.safetensors")
     out = []
     with resident.layer(index) as module:
         layer = layer_of(resident, index, module, arguments, [], [])
-        layer.half = half
+        layer.half, layer.handed = half, handed
         there = dict(module.named_parameters())
         parameters = {name: there[name].requires_grad_() for name in watched if name in there}
         for i, (grad, number) in enumerate(zip(grads, firsts(grads), strict=True)):
-            part = partial(_back_part, layer, states[str(i)], grad, number, list(parameters.values()))
+            part = partial(_back_part, layer, states[str(i)], grad, number, slopes, list(parameters.values()))
             entering = []
-            for hidden_grad, own_grads in layer.limit.parts(part, *grad.shape[:2]):
+            for hidden_grad, own_grads, own_slopes in layer.limit.parts(part, *grad.shape[:2]):
                 entering.append(hidden_grad)
+                slopes |= own_slopes
                 for name, own in zip(parameters, own_grads, strict=True):
                     if own is not None:
                         found[name] = found[name].add_(own) if name in found else own
@@ -218,15 +237,43 @@ def _back_part(
     states: Tensor,
     grad: Tensor,
     first: int,
+    slopes: Slopes,
     parameters: Sequence[Tensor],
     here: slice,
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return the gradient of a part of the states that enter a layer, and those of parameters. `first` is the
-    number of the first sequence of these states."""
+) -> tuple[Tensor, Sequence[Tensor | None], Slopes]:
+    """Return the gradient of a part of the states that enter a layer, those of parameters, and those of what
+    enters it beside its states. `first` is the number of the first sequence of these states."""
     hidden = states[here].to(layer.device).requires_grad_()
+    first, count = first + here.start, len(hidden)
+    entering = tree_map(_differentiable, layer.handed_to(hidden, first))
+    handed = _leaves(entering)
     with half_precision(layer.device, layer.half):
-        out = layer.run(hidden, first=first + here.start)
-    found = torch.autograd.grad(
-        out, [hidden, *parameters], grad[here].to(out.device, out.dtype), allow_unused=True
-    )
-    return found[0].cpu(), found[1:]
+        out, left = layer.handing_on(hidden, entering, first=first)
+    outs, out_grads = [out], [grad[here].to(out.device, out.dtype)]
+    for place, leaf in _leaves(left).items():
+        own = [slopes.get(first + i, {}).get(place) for i in range(count)]
+        if leaf.requires_grad and own[0] is not None:
+            outs.append(leaf)
+            slope = torch.cat([each for each in own if each is not None])
+            out_grads.append(slope.to(leaf.device, leaf.dtype))
+    asked = [hidden, *handed.values(), *parameters]
+    found = torch.autograd.grad(outs, asked, out_grads, allow_unused=True)
+    own_slopes: Slopes = {first + i: {} for i in range(count)}
+    for place, slope in zip(handed, found[1:], strict=False):
+        for i, each in enumerate(slope.cpu().split(1) if slope is not None else ()):
+            own_slopes[first + i][place] = each
+    return found[0].cpu(), found[1 + len(handed) :], own_slopes
+
+
+def _differentiable(value: Any) -> Any:
+    """A value as a leaf of a graph, if it has gradients."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _leaves(handed: Handed) -> dict[str, Tensor]:
+    """The tensors that have gradients in what layers hand on, by their places in it."""
+    leaves, _ = tree_flatten_with_path(handed)
+    tensors = {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    return {place: leaf for place, leaf in tensors.items() if leaf.is_floating_point()}

@@ -25,11 +25,12 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
 from llmcompress.integrations.expert_linears import divide, unite
-from llmcompress.integrations.layer_calls import states_of
+from llmcompress.integrations.layer_calls import Handed, called
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.expert_routing import experts_of, kept_to, taken_down
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.half_precision import half_precision
+from llmcompress.modeling.handed_on import HandedOn
 from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.layer_arguments import CallArguments
 from llmcompress.modeling.token_limit import TokenLimit, joined
@@ -51,6 +52,8 @@ class DecoderLayer:
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
     full_arguments: CallArguments | None = None  # of the full model, if they are others
+    handed: HandedOn = field(default_factory=HandedOn)  # by the layers before it, as they are here
+    full_handed: HandedOn = field(default_factory=HandedOn)  # as the full model has it
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
     shard: Shard = field(default_factory=Shard)  # which units of tokens these are, of those of all
     limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
@@ -74,6 +77,22 @@ class DecoderLayer:
         first: the number of the first of these sequences among those of all batches. It may be left out where
         the arguments of a layer do not depend on the tokens.
         """
+        return self.handing_on(hidden, self.handed_to(hidden, first), parameters, first=first)[0]
+
+    def handed_to(self, hidden: Tensor, first: int | None) -> Handed:
+        """What the layers before it have handed on for some of the sequences."""
+        return self.handed.of(first, len(hidden), self.device)
+
+    def handing_on(
+        self,
+        hidden: Tensor,
+        entering: Handed,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        first: int | None = None,
+    ) -> tuple[Tensor, Handed]:
+        """Return the layer's output as `run` does, and what it hands on; `entering` is what those before it
+        have handed on."""
         hooks = [
             self.module.get_submodule(linear).register_forward_pre_hook(
                 partial(_round_input, rounded), prepend=True
@@ -81,7 +100,8 @@ class DecoderLayer:
             for linear, rounded in self.rounds.items()
         ]
         try:
-            return self._run(self.module, hidden, self.arguments(len(hidden), first), parameters)
+            arguments = self.arguments(len(hidden), first)
+            return self._run(self.module, hidden, arguments, entering, parameters)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,20 +111,32 @@ class DecoderLayer:
         module: nn.Module,
         hidden: Tensor,
         arguments: Mapping[str, Any],
+        entering: Handed,
         parameters: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
-        hidden = hidden.to(self.device)
-        return states_of(call((hidden,), dict(arguments)) if call else module(hidden, **arguments))
+    ) -> tuple[Tensor, Handed]:
+        def replaced(states: Tensor, **named: Any) -> Any:
+            return torch.func.functional_call(module, dict(parameters or {}), (states,), named)
+
+        call = replaced if parameters else module
+        return called(call, hidden.to(self.device), arguments, self.anatomy.form, entering)
 
     def _precision(self) -> AbstractContextManager[None]:
         """The precision of passes without a gradient."""
         return half_precision(self.device, self.half)
 
-    def _full(self, hidden: Tensor, first: int) -> Tensor:
-        """The output of the original layer for hidden states of the full model."""
+    def _full(self, hidden: Tensor, first: int, *, keep: bool) -> Tensor:
+        """The output of the original layer for hidden states of the full model; with `keep`, what it hands on
+        is kept."""
         arguments = (self.full_arguments or self.arguments)(len(hidden), first)
-        return self._run(self._whole or self.module, hidden, arguments, self._originals)
+        entering = self.full_handed.of(first, len(hidden), self.device)
+        out, left = self._run(self._whole or self.module, hidden, arguments, entering, self._originals)
+        if keep:
+            self.full_handed.keep(first, len(hidden), entering, left)
+        return out
+
+    def _target(self, hidden: Tensor, first: int) -> Tensor:
+        """The output of the original layer, on the CPU."""
+        return self._left(self._full(hidden, first, keep=True))
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -118,26 +150,43 @@ class DecoderLayer:
     @torch.no_grad()
     def pass_on(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the states that leave the layer, here and in the full model. Those that entered it are given
-        up one batch after another, so that memory does not hold both."""
+        up one batch after another, so that memory does not hold both. What else it hands on is then what
+        enters the next one."""
         targets, found, numbers = self.targets, list[Tensor](), firsts(self.inputs)
         self.reference, waiting, self.inputs = [], self.inputs[::-1], []
         self._finished_full.clear()
         while waiting:
             i = len(found)
-            found.append(self._outputs(i, waiting.pop(), self._finished, numbers[i]))
+            found.append(self._outputs(i, waiting.pop(), self._finished, numbers[i], keep=True))
             self._finished.drop(i)
+        for handed in (self.handed, self.full_handed):
+            handed.advance()
         return found, targets
 
-    def _outputs(self, i: int, hidden: Tensor, finished: FinishedParts, first: int) -> Tensor:
-        """The layer's output for batch `i`, on the CPU."""
-        work = partial(self._output, hidden, i, finished, first)
+    def _outputs(
+        self, i: int, hidden: Tensor, finished: FinishedParts, first: int, *, keep: bool = False
+    ) -> Tensor:
+        """The layer's output for batch `i`, on the CPU; with `keep`, what it hands on is kept."""
+        work = partial(self._output, hidden, i, finished, first, keep)
         return joined(self.limit.each(work, *hidden.shape[:2]))
 
-    def _output(self, hidden: Tensor, i: int, finished: FinishedParts, first: int, here: slice) -> Tensor:
+    def _output(
+        self, hidden: Tensor, i: int, finished: FinishedParts, first: int, keep: bool, here: slice
+    ) -> Tensor:
         """The layer's output for a part of batch `i`, on the CPU."""
         part = _part(i, here, hidden)
         with finished.reused(self.module, part, self.device), self._precision():
-            return self._left(self.run(hidden[here], first=first + here.start))
+            return self._left(self._passed(hidden[here], None, first + here.start, keep=keep))
+
+    def _passed(
+        self, hidden: Tensor, parameters: Mapping[str, Tensor] | None, first: int, *, keep: bool
+    ) -> Tensor:
+        """The layer's output; with `keep`, what it hands on is kept."""
+        entering = self.handed_to(hidden, first)
+        out, left = self.handing_on(hidden, entering, parameters, first=first)
+        if keep:
+            self.handed.keep(first, len(hidden), entering, left)
+        return out
 
     @torch.no_grad()
     def outputs_with(
@@ -147,17 +196,19 @@ class DecoderLayer:
         device: torch.device,
         finished: FinishedParts | None = None,
         final: Collection[str] = (),
+        *,
+        keep: bool = False,
     ) -> list[Tensor]:
         """The layer's outputs for all `batches`, on `device`, with `parameters` in place of its own.
 
         The batches hold the text from its start on. The outputs of `final` submodules do not depend on
-        `parameters`; they are kept in `finished`.
+        `parameters`; they are kept in `finished`. With `keep`, what the layer hands on is kept.
         """
         kept = finished or FinishedParts({})
 
         def output(i: int, hidden: Tensor, first: int, here: slice) -> Tensor:
             with kept.reused(self.module, _part(i, here, hidden), self.device, final):
-                return self.run(hidden[here], parameters, first=first + here.start).to(device)
+                return self._passed(hidden[here], parameters, first + here.start, keep=keep).to(device)
 
         return [
             joined(self.limit.each(partial(output, i, hidden, first), *hidden.shape[:2]))
@@ -183,13 +234,13 @@ class DecoderLayer:
         if not self._targets:
             with torch.no_grad(), self._precision():
                 self._targets = [
-                    joined(self.limit.each(partial(self._target, hidden, first), *hidden.shape[:2]))
+                    joined(self.limit.each(partial(self._targets_of, hidden, first), *hidden.shape[:2]))
                     for hidden, first in zip(self.reference, firsts(self.reference), strict=True)
                 ]
         return self._targets
 
-    def _target(self, hidden: Tensor, first: int, here: slice) -> Tensor:
-        return self._left(self._full(hidden[here], first + here.start))
+    def _targets_of(self, hidden: Tensor, first: int, here: slice) -> Tensor:
+        return self._target(hidden[here], first + here.start)
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
@@ -400,8 +451,8 @@ class DecoderLayer:
         if self.reference:
             listener.begin(linears, through=whole)
             with self._reusing(self._finished_full, part, groups, in_turn, listener):
-                out = _until_enough(self._full, self.reference[i][here], first)
-            full, out = listener.read, None if out is None else self._left(out)
+                out = _until_enough(self._target, self.reference[i][here], first)
+            full = listener.read
         listener.begin(linears)
         with self._reusing(self._finished, part, groups, in_turn, listener):
             _until_enough(partial(self.run, first=first), hidden[here])
@@ -434,7 +485,7 @@ class DecoderLayer:
             kept_to(experts, routing),
             self._reusing(self._finished_full, part, groups, in_turn, listener),
         ):
-            _until_enough(self._full, self.reference[i][here], first)
+            _until_enough(partial(self._full, keep=False), self.reference[i][here], first)
         full, listener.read = listener.read, read
         return {name: x for name, x in full.items() if name in read and x.shape == read[name].shape}
 
@@ -525,12 +576,15 @@ def _part(batch: int, here: slice, hidden: Tensor) -> Hashable:
 
 
 def _last_linears(anatomy: Anatomy) -> dict[str, str]:
-    """The submodules of a layer, such as self_attn, and the linear that comes last in each."""
+    """The submodules of a layer, such as self_attn, and the linear that comes last in each; none of a layer
+    that writes to what is handed on, as a submodule that is not run does not."""
+    if anatomy.writes:
+        return {}
     linears = [linear for linear in anatomy.linears if "." in linear]
     return {linear.partition(".")[0]: linear for linear in linears}
 
 
-def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:
+def _until_enough(run: Callable[..., Value], *args: Any) -> Value | None:
     """Return the output, or None if the pass ended early."""
     try:
         return run(*args)

@@ -83,7 +83,7 @@ class Arguments:
     def _entering(self, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
         resident = self.resident
         return layer_calls.entering(
-            resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.returned_items
+            resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.form
         )
 
     def _embedding_weight(self) -> nn.Parameter:

@@ -229,7 +229,7 @@ class LayerwiseModel(ABC):
     @property
     def hidden_size(self) -> int:
         """The width of the states between layers."""
-        return int(self.text_config.hidden_size) * self.anatomy.streams
+        return int(self.text_config.hidden_size) * self.anatomy.form.streams
 
     @cached_property
     def layer_linears(self) -> dict[str, None]:

@@ -27,7 +27,8 @@ from llmcompress.integrations import layer_calls
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.half_precision import runs_in_half
-from llmcompress.modeling.host_memory import to_host
+from llmcompress.modeling.handed_on import HandedOn
+from llmcompress.modeling.host_memory import CPU, to_host
 from llmcompress.modeling.layer_arguments import Arguments, anything, no_arguments
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import batches_of
@@ -69,9 +70,7 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     """Return the logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and
     all that goes with them."""
     tokens, states = anything(resident, *hidden.shape[:2]), hidden.to(resident.device)
-    return layer_calls.leaving(
-        resident.model, resident.layers, states, tokens, resident.anatomy.returned_items
-    )
+    return layer_calls.leaving(resident.model, resident.layers, states, tokens, resident.anatomy.form)
 
 
 def pieces_of(resident: LayerwiseModel, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -128,11 +127,13 @@ def walk(
     targets = list(full[0] if full else inputs) if reference else []
     full_arguments = full[1] if full and full[1].by_batch else None
     full = None  # its states are given up too
+    handed, full_handed = (HandedOn(resident.anatomy.form.handed_on) for _ in range(2))
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
             layer = layer_of(resident, index, module, arguments, inputs, targets)
             layer.half, layer.shard = half, shard
+            layer.handed, layer.full_handed = handed, full_handed
             if full_arguments:
                 layer.full_arguments = full_arguments.of_layer(index)
             yield layer
@@ -205,10 +206,13 @@ def variants(
     inputs, arguments = enter(resident, resident.limit.batches(sequences))
     base = base or {}
     streams: dict[Key | None, list[Tensor]] = {None: inputs}
+    handed: dict[Key | None, HandedOn] = {None: HandedOn(resident.anatomy.form.handed_on)}
     starts = {key: min(own) for key, own in edits.items()}
     for index in range(len(resident.layers)):
         entered = streams[None]
-        streams |= {key: entered for key, start in starts.items() if start == index}
+        begun = [key for key, start in starts.items() if start == index]
+        streams |= dict.fromkeys(begun, entered)
+        handed |= {key: handed[None].copy() for key in begun}
         wanted = {
             key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is))
             for key in streams
@@ -220,7 +224,9 @@ def variants(
             changed = {edit: edit(layer) for edit in dict.fromkeys(wanted.values()) if edit is not None}
             for key, edit in wanted.items():
                 if edit is not None:
-                    streams[key] = layer.outputs_with(streams[key], changed[edit], torch.device("cpu"))
+                    layer.handed = handed[key]
+                    streams[key] = layer.outputs_with(streams[key], changed[edit], CPU, keep=True)
+                    layer.handed.advance()
     return streams
 
 

@@ -74,7 +74,7 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
     # what follows is not known, or a norm that no linear follows, or no matrix of the layer
     if (
         anatomy.level < SCALES
-        or anatomy.streams > 1
+        or anatomy.form.streams > 1
         or gains - anatomy.scale_pairs.keys()
         or not context.journal.has(FISHER, index)
     ):

@@ -17,7 +17,6 @@ from llmcompress.architectures.shape_grammar import Spelling, units_along
 from llmcompress.architectures.spec import AXES, Anatomy
 from llmcompress.derivation import derive
 from llmcompress.derivation.derive import anatomy_of, derived
-from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk, proved_walk
 from llmcompress.derivation.readers import readers_of
 from llmcompress.derivation.scales import Crossing, prove_crossing, proved_crossings
@@ -28,7 +27,7 @@ from llmcompress.modeling.layer_arguments import Arguments
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import layer_of
-from tests.models import VARIANTS, pico, tiny_config
+from tests.models import VARIANTS, config_of, pico, tiny_config
 
 CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
 
@@ -78,7 +77,7 @@ def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str
     assert found.kept.keys() == {f"{router}.weight" for router in table.router}
     assert found.experts == table.experts
     assert found.layer.keys() == table.layer.keys() and found.outer.keys() == table.outer.keys()
-    assert not found.each_layer and found.returned_items == 0
+    assert not found.each_layer and found.form.returned_items == 0
     assert found.norm_offset == (table.norm_offset if table.scale_pairs else 0.0)
     expected = {key: {*readers} for key, readers in table.scale_pairs.items() if key not in NOT_SPELLED}
     pairs = {key: {name.removesuffix(".weight") for name in of} for key, of in found.scale_pairs.items()}
@@ -265,22 +264,50 @@ def test_arguments_of_each_batch_do_not_make_up_for_what_a_walk_does_not_see(cha
 
 
 def test_arguments_are_of_each_batch_only_where_they_depend_on_the_tokens() -> None:
-    assert not proved_walk(changed()) and proved_walk(changed(telling))
+    assert proved_walk(changed()) == (False, {}) and proved_walk(changed(telling)) == (True, {})
     for family in FAMILIES:
         assert not derived(pico(family)).arguments_by_batch
 
 
-HANDED = "its layers hand on more than their states, such as keys and values, to later ones"
-
-
-def test_layers_that_hand_on_more_than_their_states_are_refused_with_this_reason() -> None:
-    with pytest.raises(ModelError, match=HANDED):
+def test_what_layers_hand_on_in_a_way_that_is_not_known_is_refused_with_this_reason() -> None:
+    with pytest.raises(ModelError, match="its layers hand on more than their states to later ones, in a way"):
         proved_walk(changed(handing_on))
-    fields = example_config("gemma4_text").to_dict()
-    del fields["per_layer_config"]  # it follows from the others
-    sharing = AutoConfig.for_model(**fields | {"num_kv_shared_layers": 2})
-    with pytest.raises(ModelError, match=HANDED):
-        derived(skeleton(sharing, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["gemma4_e2b", "gemma3n"])
+def test_layers_that_read_keys_and_values_of_earlier_ones_are_of_kinds_of_their_own(name: str) -> None:
+    config = config_of(name)
+    found = derived(skeleton(config, torch.float32))
+    assert found.form.handed_on == {"shared_kv_states": 0} and found.arguments_by_batch
+    modes = config.kv_sharing_modes
+    assert [each.writes for each in found.each_layer] == [mode == "store" for mode in modes]
+    keys = {"self_attn.k_proj", "self_attn.v_proj"}
+    for each, mode in zip(found.each_layer, modes, strict=True):
+        assert keys.isdisjoint(each.linears) if mode == "reuse" else keys <= {*each.linears}
+        assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"} <= {*each.linears}
+
+
+def test_what_a_layer_returns_for_the_next_one_is_found_by_the_argument_that_takes_it() -> None:
+    found = derived(skeleton(config_of("zaya"), torch.float32))
+    assert found.form.handed_on == {"prev_router_hidden_states": 1}
+    assert not any(each.writes for each in found.each_layer or [found])
+
+
+def test_heads_that_other_layers_read_are_not_cut() -> None:
+    """Stages choose the heads of each layer by themselves; with one head for all queries, none is chosen."""
+    cuts = {
+        name: {each.cuts for each in derived(skeleton(config_of(name), torch.float32)).each_layer}
+        for name in ("gemma4_e2b", "gemma4_e4b", "gemma3n")
+    }
+    assert cuts["gemma4_e2b"] == {frozenset({"ffn", "q"})}
+    assert cuts["gemma4_e4b"] == {frozenset({"ffn"})}
+    assert cuts["gemma3n"] == {frozenset()}
+
+
+@pytest.mark.parametrize(("name", "dim"), [("gemma3n", 0), ("deepseek_v4", 2)])
+def test_states_of_four_dimensions_have_their_streams_where_a_batch_is_not(name: str, dim: int) -> None:
+    found = derived(skeleton(config_of(name), torch.float32))
+    assert found.form.stream_dim == dim and found.form.streams == 4
 
 
 def test_weights_of_several_layers_are_kept_and_no_scale_crosses_to_them() -> None:
@@ -318,6 +345,15 @@ def test_a_weight_that_another_module_reads_too_is_found_and_no_other() -> None:
     assert prove_poison(subject, linears) == {linears[2]: "is read by another module too"}
     assert not prove_poison(subject, [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")])
     assert all(torch.isfinite(parameter).all() for parameter in subject.model.parameters())  # they are back
+
+
+def test_a_linear_whose_dtype_the_code_around_it_takes_for_its_input_is_kept() -> None:
+    """An indexer of DeepSeek-V3.2 casts what it reads to the dtype of a weight; codes are bytes."""
+    found = derived(skeleton(config_of("deepseek_v32"), torch.float32))
+    name = "self_attn.indexer.weights_proj"
+    for each in found.each_layer or [found]:
+        assert "gives its dtype to what it reads" in each.kept[name]
+        assert name not in each.linears and "self_attn.indexer.wq_b" in each.linears
 
 
 def test_a_linear_that_is_called_twice_or_for_some_tokens_is_kept() -> None:
@@ -413,7 +449,7 @@ def test_a_model_that_can_not_be_walked_is_refused_with_the_proof_in_one_line() 
 def test_other_sizes_give_the_same_facts(family: str) -> None:
     def facts(model: PreTrainedModel) -> Any:
         found = derived(model)
-        return found.consumers, found.kept, found.returned_items, found.layers
+        return found.consumers, found.kept, found.form, found.layers
 
     config = AutoConfig.for_model(family)
     assert facts(skeleton(config, torch.float32)) == facts(tiny_model(shrunk(config, 2)))

@@ -20,12 +20,14 @@ from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.derivation import derive
 from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import tiny_model
-from llmcompress.errors import ModelError
+from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats.integer_linear import IntegerLinear
+from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.model_config import load_config, skeleton
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.recipe.recipe import Accept
 from llmcompress.report.schema import Report
 from tests.bases import (
     VOCABULARY,
@@ -52,6 +54,7 @@ CLASSES = {
     "wrapper": ("gemma3", "mistral3", "qwen3_vl", "llava", "internvl"),
     "wrapper too": ("smolvlm", "qwen2_5_vl", "qwen3_5", "idefics3", "paligemma"),
     "tokens in layers": TOKENS_ENTER_LAYERS,
+    "handing on": ("gemma4_e2b", "gemma4_e4b", "gemma4_wrapper", "gemma3n"),
 }
 EIGHT_BITS = ("plain", "older", "parallel", "wrapper")
 
@@ -162,6 +165,7 @@ EXPERTS = {
     "tables": ("mixtral", "gpt_oss", "llama4_text", "jetmoe", "nemotron_h"),
     "with shared ones": ("deepseek_v3", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe"),
     "beside other layers": ("qwen3_next", "jamba", "lfm2_moe", "granitemoehybrid", "minimax"),
+    "handing on": ("zaya", "hy_v4", "deepseek_v4"),
 }
 
 
@@ -177,6 +181,7 @@ def test_experts_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: 
 CUT = {
     "plain": ("smollm3", "glm4", "cohere", "gptj", "vaultgemma"),
     "hybrids and wrappers": ("qwen3_5", "falcon_h1", "gemma3", "mistral3", "olmo2"),
+    "handing on": ("gemma4_e2b", "gemma4_e4b"),
     "experts": ("deepseek_v3", "glm4_moe", "mixtral", "gpt_oss", "nemotron_h"),
 }
 SHARES: dict[str, dict[str, Any]] = {
@@ -289,6 +294,15 @@ def test_eight_bits_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_pat
         check(name, base, out, report, found[name], rounds_inputs=True)
 
 
+@pytest.mark.slow
+def test_eight_bits_of_layers_that_hand_on_load_with_the_plug_in(tmp_path: Path) -> None:
+    exact: dict[str, Any] = {"format": "w8a8", "activations": "none", "smooth": {}}
+    made = {name: run_on(name, tmp_path / name, **exact) for name in CLASSES["handing on"]}
+    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
+    for name, (base, out, report) in made.items():
+        check(name, base, out, report, found[name])
+
+
 # stages that need no axes, as a recipe writes them
 STAGES: dict[str, list[dict[str, Any]]] = {
     "codebook": [{"codebook": {"entries": 16}}],
@@ -302,7 +316,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "gemma3", "zamba2"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "gemma3", "zamba2", "zaya"])
 def test_every_stage_that_needs_no_axes_takes_a_derived_family(model_type: str, tmp_path: Path) -> None:
     base, text = save_tiny(model_type, tmp_path / "base"), write_text(tmp_path / "text.txt")
     for name, stages in STAGES.items():
@@ -336,6 +350,59 @@ def test_a_model_whose_layers_see_the_tokens_is_healed(tmp_path: Path) -> None:
         walk = DiskModel(out, torch.device("cpu"), quantized=True)
         expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
         assert (torch.load(out / "scores.pt") - expected).abs().max() < 1e-3 * expected.std(), name
+
+
+@pytest.mark.slow
+def test_rounding_is_learned_where_layers_read_keys_and_values_of_others(tmp_path: Path) -> None:
+    learned: dict[str, Any] = {"format": "nf4", "group_size": 32, "rounding": "learned", "steps": 12}
+    made = {name: run_on(name, tmp_path / name, **learned) for name in ("gemma4_e2b", "gemma3n")}
+    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=False)
+    for name, (base, out, report) in made.items():
+        check(name, base, out, report, found[name])
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_a_layer_that_hands_on_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Layers 4 and 5 hand on, and those after them read: each is once the first that is not done."""
+    nf4 = {"format": "nf4", "group_size": 32, "rounding": "gptq"}
+    base, out, _ = run_on("gemma4_e2b", tmp_path, **nf4)
+    recipe = staged_recipe(tmp_path / "text.txt", base, {"quantize": nf4})
+    strict = recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)})
+    for done in (3, 5, 8):
+        again = tmp_path / f"again {done}"
+        with pytest.raises(AcceptError):
+            compress(str(base), strict, str(again))
+        files = sorted((partial_folder(again) / "journal").glob("quantize.*.safetensors"))
+        assert len(files) == 9
+        for file in files[done:]:
+            file.unlink()
+        report = compress(str(base), recipe, str(again))
+        assert isinstance(report, Report)
+        assert any(f"{done} layers were done by an earlier run" in note for note in report.stages[0].notes)
+        assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "gemma4_e2b",
+        {"prune": {"axis": "layer", "keep": 5}},
+        "hand on more than their states.*none can be",
+    ),
+    ("gemma4_e2b", {"share": {"layers": "auto", "groups": 2}}, "hand on more than their states.*share weigh"),
+    ("gemma3n", {"distill": {"steps": 1}}, "can't read the last states of a gemma3n_text model"),
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "why"), REFUSED)
+def test_what_layers_that_hand_on_can_not_do_is_refused_before_the_run(
+    name: str, stage: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    base, text = save_tiny(name, tmp_path / "base"), write_text(tmp_path / "text.txt")
+    recipe, out = staged_recipe(text, base, stage), tmp_path / "out"
+    for attempt in (lambda: plan_recipe(recipe), lambda: compress(str(base), recipe, str(out))):
+        with pytest.raises(ModelError, match=why):
+            attempt()
+    assert not out.exists()
 
 
 def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def base(tmp_path: Path) -> Iterator[Path]:
 
 def test_its_anatomy_is_found(base: Path) -> None:
     found = anatomy_of(AutoModelForCausalLM.from_pretrained(base))
-    assert found.layers == "trunk.strands" and found.norm == "trunk.last" and found.returned_items == 2
+    assert found.layers == "trunk.strands" and found.norm == "trunk.last" and found.form.returned_items == 2
     assert found.consumers == (("braid", "split"), ("gather",), ("merge",))
     assert found.layer == {
         "before.weight": "hidden",

@@ -44,17 +44,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Short:
     plain, failed = DecoderLayer._run, list[int]()
 
     def only(most: int) -> list[int]:
-        def run(
-            layer: DecoderLayer,
-            module: nn.Module,
-            hidden: Tensor,
-            arguments: Mapping[str, Any],
-            parameters: Mapping[str, Tensor] | None,
-        ) -> Tensor:
+        def run(layer: DecoderLayer, module: nn.Module, hidden: Tensor, *others: Any) -> Any:
             if len(hidden) > most:
                 failed.append(len(hidden))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-            return plain(layer, module, hidden, arguments, parameters)
+            return plain(layer, module, hidden, *others)
 
         monkeypatch.setattr(DecoderLayer, "_run", run)
         return failed

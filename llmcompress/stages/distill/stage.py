@@ -73,6 +73,11 @@ class Distill(DistillConfig, Stage):
         """Refuse missing packages, batches that don't divide, and weights that can't learn in this way."""
         self.require_packages()
         self.micro(self.length or 1)
+        if model.anatomy.form.stream_dim is not None:
+            raise ModelError(
+                f"distill can't read the last states of a {model.anatomy.family} model, whose layers keep "
+                "several streams of them; leave distill out"
+            )
         schemes = [scheme for result in before for scheme in result.schemes.values()]
         if self.train == "scales" and not any(
             isinstance(each, FourBitScheme | CodebookScheme | CodebookLayout) for each in schemes

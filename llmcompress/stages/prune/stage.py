@@ -168,7 +168,8 @@ class Prune(Budget, Stage):
         along = {axis: layers_along(model, axis) for axis in self.axes}
         for axis, layers in along.items():
             if axis not in cuttable(model.anatomy):
-                left = " or ".join(other for other in (*cuttable(model.anatomy), "layer") if other != axis)
+                others = [*cuttable(model.anatomy), *([] if model.anatomy.form.handed_on else ["layer"])]
+                left = " or ".join(other for other in others if other != axis) or "no prune"
                 raise ModelError(
                     f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use {left}'
                 )
@@ -199,6 +200,11 @@ class Prune(Budget, Stage):
         Raises ModelError if the axis can't be cut, or not so far.
         """
         if self.of_layers:
+            if model.anatomy.form.handed_on:
+                raise ModelError(
+                    f"layers of this {model.anatomy.family} model hand on more than their states to later "
+                    "ones, such as keys and values, so none can be taken out; use another axis"
+                )
             total = len(model.layers)
             if journal is None:
                 return Cut(gone=tuple(range(self.layers(model), total)))

@@ -63,6 +63,9 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     outer = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(inside))
     # inputs and outputs, here and in the full model, and what each token has of its own in a layer
     streams = (2 if stage.rounding == "nearest" else 4) + model.anatomy.arguments_by_batch
+    # and what layers hand on, which is no wider than the states, for as many models
+    if model.anatomy.form.handed_on:
+        streams += 1 if stage.rounding == "nearest" else 2
     states = tokens * model.hidden_size * streams
     widest = max(columns for _, (_, columns) in model.linear_maps())
     # a layer in float32, before and after, and its codes as int64; if trained, also gradients, positions and

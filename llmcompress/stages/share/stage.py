@@ -86,6 +86,11 @@ class Share(Stage):
         """The linears of a layer that are shared, in order of computation, without experts. Errors:
         ModelError if a part has none."""
         anatomy, found = model.anatomy, list[str]()
+        if anatomy.form.handed_on:
+            raise ModelError(
+                f"layers of this {anatomy.family} model hand on more than their states to later ones, such "
+                "as keys and values, so they can't share weights; use low_rank or codebook"
+            )
         others = [other.layer for other in anatomy.each_layer]  # layers may be of several kinds
         for part in self.parts:
             of = [
