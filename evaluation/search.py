@@ -160,19 +160,19 @@ class Measurement:
         results.write(NAME, machine.head(), {"rows": merged})
 
 
-def measure(model: str, rows: Sequence[str], configurations: int) -> None:
+def measure(model: str, rows: Sequence[str], sizes: Sequence[str], configurations: int) -> None:
     """Measure the rows of a model."""
     subject = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LLMCOMPRESS_CACHE"] = folder
         to = Measurement(model, Path(folder))
-        searched = search(subject.base, SIZES, data=subject.data())
+        searched = search(subject.base, sizes, data=subject.data())
         whole, known_prices = searched.found[0].base_bytes, prices(subject)
         if FOUND in rows:
             for found in searched.found:
                 to.row(FOUND, found.asked, stages_in(found), found.expected_nats)
         if SINGLE in rows:
-            for size in SIZES:
+            for size in sizes:
                 single = best_single(searched, known(share_of(size)) * whole)
                 to.row(SINGLE, named(single), [stage_of(single, known_prices)], single.nats)
         if HEALED in rows:
@@ -182,13 +182,13 @@ def measure(model: str, rows: Sequence[str], configurations: int) -> None:
                 to.row(HEALED, f"found, {found.asked}", [*stages_in(found), HEALING])
                 to.row(HEALED, f"single, {found.asked}", [single_stage, HEALING])
         if "pruned" in rows:
-            for size in PRUNED:
+            for size in {*PRUNED} & {*sizes}:
                 within = {"axis": ["ffn", "kv"], "size": int(known(share_of(size)) * whole)}
                 to.row(SINGLE, f"pruned, {size}", [{"prune": within}])
         if RANDOM in rows:
-            for size in SIZES:
+            for size in sizes:
                 random_choice(to, known_prices, RANDOM, size, known(share_of(size)) * whole, 0)
-        smallest, largest = searched.found[0].size_bytes, searched.found[2].size_bytes
+        smallest, largest = searched.found[0].size_bytes, whole // 2
         for seed in range(configurations if model == "demo" else 0):
             budget = smallest + (largest - smallest) * random.Random(f"budget {seed}").random()
             random_choice(to, known_prices, DRAWN, str(seed), budget, seed)
@@ -205,9 +205,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser(NAME, __doc__)
     options.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
     options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options.add_argument("--configurations", type=int, default=0, metavar="N")
     given = machine.parse(options, argv)
     for model in given.models:
         print(f"{model} ...", file=sys.stderr, flush=True)
-        measure(model, given.rows, given.configurations)
+        measure(model, given.rows, given.sizes, given.configurations)
     return 0

@@ -5,6 +5,8 @@ alone then replaces the layer's own: if e is the change in the output of the lay
 matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Large errors are no longer small
 to second order, so a way is also measured in whole layers: all linears of the layer take it, the states run
 on through the full model, and the KL of its predictions divides among the linears as the foretold nats do.
+What a layer hands on beside its states, such as keys and values that later layers read, goes past its output,
+where no loss is seen; so such a layer is offered fine formats alone.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def _priced(
     leaving: dict[str, Tensor] = {}
     for way in ways:
         coding = way.coding(model.weight_dtype)
-        if coding is None:
+        if coding is None or (layer.anatomy.writes and coding.bits < FINE):
             continue
         codings = {
             linear: coding
