@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.frontier import costs
+from llmcompress.frontier.ways import palettes
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
-from llmcompress.pipeline.search import Searched, search, write
+from llmcompress.pipeline.search import Searched, prices_of, search, ways_of, write
 from llmcompress.recipe.recipe import Recipe
+from tests.artefacts import CPU
 from tests.bases import save_base, write_text
+from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+SIZES = {"num_hidden_layers": 3, "intermediate_size": 128}
 
 
 class Place:
     """A base with a text, and a cache of its own."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
-        self.base = save_base(folder / "base", num_hidden_layers=3, intermediate_size=128, **config)
+    def __init__(self, folder: Path, family: str = "llama", **config: Any) -> None:
+        self.base = save_base(folder / "base", family, **{**SIZES, **config})
         source = str(write_text(folder / "facts.txt"))
         self.data: dict[str, Any] = {"source": source, "samples": 8, "length": 32, "evaluation_samples": 4}
 
@@ -66,6 +78,36 @@ def test_the_smallest_model_has_int8_outside_the_layers(
     run_recipe(found.recipe, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     assert 0.99 * found.size_bytes <= file.stat().st_size <= found.size_bytes
+
+
+def test_all_experts_of_a_layer_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    place = Place(tmp_path, "qwen3_moe")
+    (found,) = place.search("30%").found
+    report = run_recipe(found.recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= found.size_bytes
+    formats: dict[str, set[str]] = {}
+    for linear in report.stages[0].linears:
+        if ".experts." in linear.name:
+            formats.setdefault(linear.name.partition(".experts.")[0], set()).add(linear.format)
+    assert len(formats) == 3 and all(len(each) == 1 for each in formats.values())
+
+
+def test_a_layer_that_hands_on_keys_and_values_is_offered_fine_formats_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    tiny("gemma4_e2b").save_pretrained(tmp_path / "base")
+    opened = partial(DiskModel, tmp_path / "base", CPU)
+    writers = [index for index, of in enumerate(opened().anatomy.each_layer) if of.writes]
+    assert writers
+    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
+    data = CalibrationData(text, text, DataSpec(), "text")
+    prices = prices_of(opened, data, 0, ways_of(palettes("llmcompress")), untracked)
+    for unit in prices.units:
+        of = int(unit.linears[0].partition("layers.")[2].partition(".")[0])
+        assert ("codebook of 8" in unit.costs) == (of not in writers), unit.linears
+        assert "w8a16" in unit.costs
 
 
 def test_more_bytes_lose_less(place: Place) -> None:
