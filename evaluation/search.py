@@ -9,12 +9,19 @@ pruning to the size; and choices of the search's formats drawn at random. Each r
 search expected of it. With --configurations so many more random choices are run on the demo model, for the
 rank correlation of their loss with the expected one, to second order alone and corrected by measured
 layers. The result goes to results/search.json, a row at a time.
+
+    python -m evaluation search --models demo --autoscheme 3.3 6
+
+runs AutoRound's AutoScheme with so many bits on average, and the search within the bytes of its result. Its
+environment is that of `evaluation rivals`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +34,10 @@ import torch
 from evaluation import machine, results
 from evaluation.models import MODELS, Subject
 from evaluation.options import parser
-from evaluation.results import SearchRow
+from evaluation.results import ROOT, SearchRow
+from evaluation.rivals import sequences
+from evaluation.rivals.environments import Environment
+from evaluation.rivals.quantizers import GROUP_SIZES
 from evaluation.runs import known, losses, run
 from llmcompress.frontier.choice import Choice, Uniform
 from llmcompress.frontier.spelling import stages_of
@@ -43,6 +53,7 @@ from llmcompress.recipe.recipe import Recipe
 NAME = "search"
 SIZES = ("25%", "35%", "50%", "75%")
 FOUND, SINGLE, HEALED, RANDOM, DRAWN = "found", "single", "healed", "random", "drawn"
+RIVAL, BESIDE = "rival", "beside a rival"
 PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach
 HEALING_SIZES = ("25%", "35%")  # at which scales and levels are trained too
 HEALING = {"distill": {"train": "scales", "steps": 200, "batch": 4, "learning_rate": 1e-3}}
@@ -137,23 +148,24 @@ class Measurement:
         recipe = Recipe.of_entries({"stages": list(stages)})
         report = run(recipe, self.folder / "out", self.subject.base, self.subject.data(), overwrite=True)
         size = report.compressed.size_bytes
+        facts = {
+            **losses(report),
+            "size_bytes": size,
+            "share_of_bytes": known(size) / known(report.base.size_bytes),
+            "expected_nats": expected,
+            "second_order_nats": foretold,
+            "seconds": report.cost.seconds,
+        }
+        self.write(kind, row, facts)
+
+    def write(self, kind: str, row: str, facts: Mapping[str, Any]) -> None:
+        """Write what was measured of a row."""
         measured = SearchRow.model_validate(
-            {
-                "model": self.model,
-                "kind": kind,
-                "row": row,
-                **losses(report),
-                "size_bytes": size,
-                "share_of_bytes": known(size) / known(report.base.size_bytes),
-                "expected_nats": expected,
-                "second_order_nats": foretold,
-                "seconds": report.cost.seconds,
-                "commit": machine.commit(),
-            }
+            {"model": self.model, "kind": kind, "row": row, **facts, "commit": machine.commit()}
         )
         print(
             f"{self.model}: {kind}, {row}: {measured.share_of_bytes:.4f} of the bytes, KL "
-            f"{measured.kl_nats_mean:.5f}, expected {expected}",
+            f"{measured.kl_nats_mean:.5f}, expected {measured.expected_nats}",
             flush=True,
         )
         merged = results.merge(NAME, ("model", "kind", "row"), measured)
@@ -194,6 +206,34 @@ def measure(model: str, rows: Sequence[str], sizes: Sequence[str], configuration
             random_choice(to, known_prices, DRAWN, str(seed), budget, seed)
 
 
+def beside_autoscheme(model: str, bits: float, threads: int) -> None:
+    """Measure AutoScheme at so many bits on average, and what the search finds within its bytes."""
+    work, subject = ROOT / "out" / "rivals", MODELS[model]
+    files = sequences.write(model, work / "sequences")
+    environment = Environment(work / "venvs" / "autoround", "autoround", threads)
+    place = work / "out" / f"{model}-autoscheme-{bits:g}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    facts, scores, log = place / "facts.json", place / "score.json", place / "log.txt"
+    paths = ["--base", files.base, "--calibration", files.calibration, "--out", place / "model"]
+    given = ["--facts", facts, "--group", GROUP_SIZES[model], "--bits", bits]
+    environment.run("rival_autoscheme", [*paths, *given], log)
+    made = json.loads(facts.read_text("utf-8"))
+    written = place / "model" / made["folder"]
+    judged = ["--base", files.base, "--model", written, "--evaluation", files.evaluation, "--json", scores]
+    environment.run("score", judged, log)
+    scored = json.loads(scores.read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LLMCOMPRESS_CACHE"] = folder
+        to = Measurement(model, Path(folder))
+        loss = {key: scored[key] for key in ("kl_nats_mean", "perplexity", "base_perplexity", "size_bytes")}
+        share = scored["size_bytes"] / scored["base_size_bytes"]
+        row = f"AutoScheme, {bits:g} bits"
+        to.write(RIVAL, row, {**loss, "share_of_bytes": share, "seconds": made["seconds"]})
+        (found,) = search(subject.base, [str(scored["size_bytes"])], data=subject.data()).found
+        to.row(BESIDE, row, stages_in(found), found.expected_nats)
+
+
 def random_choice(to: Measurement, found: Prices, kind: str, row: str, budget: float, seed: int) -> None:
     """Run a choice that is drawn at random."""
     choice = drawn(found, budget, seed)
@@ -207,8 +247,13 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options.add_argument("--configurations", type=int, default=0, metavar="N")
+    options.add_argument("--autoscheme", nargs="+", type=float, metavar="BITS", help="only this")
     given = machine.parse(options, argv)
     for model in given.models:
         print(f"{model} ...", file=sys.stderr, flush=True)
+        for bits in given.autoscheme or ():
+            beside_autoscheme(model, bits, given.threads)
+        if given.autoscheme:
+            continue
         measure(model, given.rows, given.sizes, given.configurations)
     return 0

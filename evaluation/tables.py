@@ -418,7 +418,19 @@ def search(results: Results) -> str:
         drawn = correlations([row for row in of if row.kind == "drawn"])
         parts.append(heading(model, f"{drawn}{where(result.hardware)}"))
         parts.append(table(header, lines))
+        rivals = [
+            [row.row, megabytes(row.size_bytes), kl(row), *beside(by_row.get(("beside a rival", row.row)))]
+            for row in of
+            if row.kind == "rival"
+        ]
+        if rivals:
+            parts.append(table(["AutoRound", "MB", "KL", "found, MB", "its KL"], rivals))
     return joined(parts)
+
+
+def beside(row: SearchRow | None) -> list[str]:
+    """The size and the KL of a row, if there is one."""
+    return [megabytes(row.size_bytes), kl(row)] if row else ["", ""]
 
 
 def kl(row: SearchRow | None) -> str:
