@@ -4,14 +4,15 @@ The rule:
 
 1. A recipe is left out if it can't be applied to this model, leaves more bytes than `size`, takes longer
    than `time` with every effort, or leaves what the target can't load.
-2. A recipe is left out if another beats it: it leaves no more bytes, lost no more on the nearest model on
-   which both were measured, and asks for no more than this one: no training and no llmcompress to load the
-   result where this one needs none, and no slower format where speed counts (`cpu`, `gpu`).
-3. Of the others, those measured on the model nearest to this one in parameters stay; where these are fewer
-   than three, those measured on the next fill up to three. They are ordered by the speed of their format
-   where that counts, then by loss.
+2. Of the others, those count that were measured on the model nearest to this one in parameters. One is left
+   out if another beats it: it leaves no more bytes, lost no more, and asks for no more: no training and no
+   llmcompress to load the result where this one needs none, and no slower format where speed counts (`cpu`,
+   `gpu`).
+3. They are ordered by the speed of their format where that counts, to one digit, then by loss.
 4. The first of each purpose come first, then the rest, five at most. Where `size` is given and no recipe is
    within it, or the best one leaves more than 5 % of it unused, `search` comes before them.
+5. Where fewer than three are left, recipes that were not measured on that model fill up to three. They are
+   compared with each other, and with those, on the nearest model on which both were measured.
 
 Bytes follow from shapes, as in a plan. Nothing is timed unless a time is given. What was not measured is
 None.
@@ -30,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from llmcompress.architectures.per_layer import SCHEMA
+from llmcompress.data.calibration import DEMO
 from llmcompress.data.sources import EFFORTS, Effort
 from llmcompress.errors import CompressError, ModelError, argument
 from llmcompress.frontier.ways import palettes
@@ -113,8 +115,8 @@ class Advice:
 
 @dataclass(frozen=True)
 class Advised:
-    """The advice for a model, the best first; the recipes that can't be applied to it with the reason, and
-    notes in words."""
+    """The advice for a model, the best first; which of the recipes that were tried can't be applied to it,
+    with the reason; and notes in words."""
 
     model: str
     parameters: int
@@ -166,18 +168,19 @@ def _advised(
     parameters, whole = outline.parameters(), outline.stored_bytes()
     limit = bytes_within(size, whole) if size is not None else None
     machine = _machine(target)
-    found, refused = _candidates(base, outline, machine)
-    if target == "vllm":
-        found = [each for each in found if each.loads_with == NATIVE and each.whole]
-    within = [each for each in found if limit is None or each.size_bytes <= limit]
-    if time is not None:
-        within = [timed for each in within if (timed := _within(each, name, time))]
+    near = min(MODELS, key=lambda measured: _distance(measured, parameters))
+    first, rest = _entries(near)
+    found, refused = _candidates(first, base, outline, machine, target)
+    within = _fitting(found, limit, name, time)
     chosen = ranked(within, parameters)
+    if len(chosen) < LEAST:
+        others, more = _candidates(rest, base, outline, machine, target)
+        found, refused = [*found, *others], refused | more
+        chosen = filled(chosen, within, ranked(_fitting(others, limit, name, time), parameters))
     searched = limit is not None and target != "vllm" and _search_fits(chosen, limit, outline)
     if not chosen and not searched:
         raise _nothing(found, refused, size, time, target)
     given = f"{shlex.quote(name)}{' --trust-remote-code' if code else ''}"
-    near = min(MODELS, key=lambda measured: _distance(measured, parameters))
     advice = [_of(each, chosen, near, given, name, whole, machine) for each in chosen]
     if searched and limit is not None and size is not None:
         advice.insert(0, _search(chosen, given, size, limit, whole))
@@ -192,23 +195,38 @@ def _machine(target: Target | None) -> Machine | None:
     return CPUS.get(torch.backends.cpu.get_cpu_capability()) if target == "cpu" else None
 
 
+def _entries(near: str) -> tuple[list[Entry], list[Entry]]:
+    """The recipes that were measured on the model `near`, and those measured on others alone. That for the
+    demo alone is none of them."""
+    entries = [entry for entry in catalogue.entries() if entry.measured and entry.name != DEMO]
+    first = [entry for entry in entries if near in (each.model for each in entry.measured)]
+    return first, [entry for entry in entries if entry not in first]
+
+
 def _candidates(
-    base: Base, outline: MetaModel, machine: Machine | None
+    entries: Sequence[Entry], base: Base, outline: MetaModel, machine: Machine | None, target: Target | None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """The recipes that can be applied to a base, and the others with the reason. They share one outline of
-    it, until one divides its experts."""
+    """The recipes that can be applied to a base and leave what the target loads, and those that can't be
+    applied with the reason. They share one outline of the base, until one divides its experts."""
     found, refused, model = list[Candidate](), dict[str, str](), outline
-    for entry in catalogue.entries():
-        recipe = shipped.load(entry.name)
-        if recipe.base is not None or not entry.measured:
-            continue
+    for entry in entries:
         if model.divided:
             model = meta_model(base.folder, config_of(base.folder, base=True), model.device)
         try:
-            found.append(_candidate(entry, recipe, model, machine))
+            found.append(_candidate(entry, shipped.load(entry.name), model, machine))
         except CompressError as error:
             refused[entry.name] = str(error)
+    if target == "vllm":
+        found = [each for each in found if each.loads_with == NATIVE and each.whole]
     return found, refused
+
+
+def _fitting(found: Sequence[Candidate], limit: int | None, base: str, time: float | None) -> list[Candidate]:
+    """The recipes that fit in so many bytes and seconds, with the best effort that does."""
+    within = [each for each in found if limit is None or each.size_bytes <= limit]
+    if time is None:
+        return within
+    return [timed for each in within if (timed := _within(each, base, time))]
 
 
 def _candidate(entry: Entry, recipe: Recipe, model: MetaModel, machine: Machine | None) -> Candidate:
@@ -271,10 +289,17 @@ def ranked(found: Sequence[Candidate], parameters: int) -> list[Candidate]:
     parameters, five at most."""
     best = [one for one in found if not any(beats(other, one) for other in found)]
     best.sort(key=lambda one: (_distance(one.model, parameters), -one.rank, one.loss, one.size_bytes))
-    near = [one for one in best if one.model == best[0].model]
-    best = [*near, *best[len(near) : max(LEAST, len(near))]]
     first = {one.purpose: one for one in reversed(best)}
-    return sorted(best, key=lambda one: (one.model != best[0].model, first[one.purpose] is not one))[:MOST]
+    return sorted(best, key=lambda one: first[one.purpose] is not one)[:MOST]
+
+
+def filled(
+    chosen: Sequence[Candidate], within: Sequence[Candidate], others: Sequence[Candidate]
+) -> list[Candidate]:
+    """Recipes that are chosen, and after them others up to three in all, if none of those `within` the same
+    bounds beats them."""
+    unbeaten = [one for one in others if not any(beats(better, one) for better in within)]
+    return [*chosen, *unbeaten[: max(0, LEAST - len(chosen))]]
 
 
 def _search_fits(chosen: Sequence[Candidate], limit: int, model: MetaModel) -> bool:

@@ -14,7 +14,7 @@ import torch
 from llmcompress import plan
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.pipeline import advise as advise_module
-from llmcompress.pipeline.advise import Candidate, advise, beats, nearest, ranked
+from llmcompress.pipeline.advise import Candidate, advise, beats, filled, nearest, ranked
 from llmcompress.recipe import catalogue, shipped
 from llmcompress.recipe.catalogue import MODELS, NATIVE, PLUGIN, TRANSFORMERS, Measured
 from llmcompress.recipe.speeds import AVX2, AVX512, H100, Machine, Speed
@@ -102,9 +102,12 @@ def test_faster_formats_come_before_those_of_less_loss() -> None:
 def test_recipes_that_the_nearest_model_lacks_only_fill_up_to_three() -> None:
     near = [one(f"near {size}", size, 0, measured=(loss("smollm2-135m", 1 / size),)) for size in (3, 4, 5)]
     far = [one(f"far {size}", size, 0, measured=(loss("demo", 0.01 / size),)) for size in (3, 4, 5)]
-    assert names(*far, *near, parameters=SMOL) == ["near 5", "near 4", "near 3"]
-    assert names(*far, near[0], parameters=SMOL) == ["near 3", "far 5", "far 4"]
-    assert names() == []
+    assert filled(near, near, far) == near
+    order = ranked(far, SMOL)
+    assert [each.name for each in filled(near[:1], near[:1], order)] == ["near 3", "far 5", "far 4"]
+    known = replace(near[0], measured=(*near[0].measured, loss("demo", 0.0001)))
+    assert filled([known], [known], order) == [known], "beaten on the demo"
+    assert filled([], [], []) == []
 
 
 def test_every_measured_model_has_its_parameters() -> None:
@@ -133,8 +136,6 @@ def test_the_demo_gets_three_to_five_recipes_with_the_facts_of_their_files(
         assert (advice.seconds, advice.effort, advice.speed) == (None, None, None)
     assert demo.advice[0].why == "least loss"
     assert demo.advice[0].kl_nats == min(advice.kl_nats or 9 for advice in demo.advice)
-    assert "tied to the embedding" in demo.refused["hidden-75"]
-    assert not {advice.recipe for advice in demo.advice} & demo.refused.keys()
     assert json.loads(json.dumps(demo.to_dict()))["model"] == "demo"
 
 
@@ -154,8 +155,10 @@ def test_a_size_between_recipes_is_first_searched() -> None:
 
 
 def test_a_size_below_all_recipes_is_searched_alone() -> None:
-    (only,) = advise("demo", size="28%").advice
+    found = advise("demo", size="28%")
+    (only,) = found.advice
     assert only.recipe is None and "no recipe fits" in only.why
+    assert "tied to the embedding" in found.refused["hidden-75"], "every recipe was tried"
 
 
 def test_vllm_gets_whole_native_models_alone() -> None:
