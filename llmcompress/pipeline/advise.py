@@ -396,12 +396,13 @@ def _reason(one: Candidate, chosen: Sequence[Candidate]) -> str:
 
 
 def _speed_words(one: Candidate, machine: Machine) -> str:
+    """The measured speed of a recipe's format, whatever was pruned beside it."""
     if one.speed is None:
         return f"the speed of {one.format} was not measured on {machine.name}"
     speed = one.speed
     return (
-        f"writes {speed.writing:g} x and reads {speed.reading:g} x as fast as {machine.reference} "
-        f"({machine.name}, {speed.model})"
+        f"{one.format} writes {speed.writing:g} x and reads {speed.reading:g} x as fast as "
+        f"{machine.reference} ({machine.name}, {speed.model})"
     )
 
 

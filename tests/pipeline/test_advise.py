@@ -110,6 +110,22 @@ def test_recipes_that_the_nearest_model_lacks_only_fill_up_to_three() -> None:
     assert filled([], [], []) == []
 
 
+def test_stages_say_whether_they_learn_spare_linears_and_have_one_kernel() -> None:
+    facts = {
+        name: [(stage.learns, stage.spares, stage.kernel) for stage in shipped.load(name).stages]
+        for name in ("nf4-gptq", "nf4-learned", "w8a8", "nf4-int8-mixed", "codebook-16", "heal-after-prune")
+    }
+    assert facts == {
+        "nf4-gptq": [(False, False, "nf4")],
+        "nf4-learned": [(True, False, "nf4")],
+        "w8a8": [(False, True, "w8a8")],
+        "nf4-int8-mixed": [(False, False, None)],
+        "codebook-16": [(False, False, "codebook")],
+        "heal-after-prune": [(False, False, None), (True, False, None)],
+    }
+    assert shipped.load("share-ffn-heal").stages[0].learns
+
+
 def test_every_measured_model_has_its_parameters() -> None:
     assert {each.model for entry in catalogue.entries() for each in entry.measured} == MODELS.keys()
     assert plan("demo", "nf4-gptq").rows[0].parameters == MODELS["demo"]
