@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmcompress.errors import ProcessError as ProcessError
     from llmcompress.errors import RecipeError as RecipeError
     from llmcompress.integrations.bitsandbytes_saving import save_native as save_native
+    from llmcompress.pipeline.advise import Advised as Advised
+    from llmcompress.pipeline.advise import advise as advise
     from llmcompress.pipeline.api import compress as compress
     from llmcompress.pipeline.api import plan as plan
     from llmcompress.pipeline.compare import compare as compare
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    **dict.fromkeys(("Advised", "advise"), "pipeline.advise"),
     **dict.fromkeys(("compress", "plan"), "pipeline.api"),
     **dict.fromkeys(("Evaluation", "evaluate"), "pipeline.evaluate"),
     **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),

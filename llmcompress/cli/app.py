@@ -45,6 +45,37 @@ def _whole(version: options.Version = False) -> None:
 
 
 @app.command()
+def advise(
+    model: options.ModelName,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="SIZE",
+            help="Most bytes of the result, like 60MB, or a share of the base's, like 40%.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["cpu", "gpu", "vllm"] | None,
+        typer.Option("--for", help="Where the result runs: cpu and gpu rank formats by speed, too."),
+    ] = None,
+    time: options.TimeLimit = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say which recipes suit a model, by its config and what was measured on others; run nothing."""
+    from llmcompress.pipeline.advise import advise as find
+    from llmcompress.report.console import print_advice
+
+    found = find(model, size=size, target=target, time=time, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_advice(found.model, found.advice, found.notes, out, timed=time is not None)
+
+
+@app.command()
 def run(
     recipe: options.RecipeName,
     base: options.Base = None,

@@ -9,7 +9,7 @@ right to a factor of about two.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,13 @@ from llmcompress.modeling.from_disk import meta_model
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.effort import effort_facts
 from llmcompress.pipeline.outcome import outline_after
-from llmcompress.pipeline.resolve import config_of, find_base, resolve
+from llmcompress.pipeline.resolve import Resolved, config_of, find_base, resolve
 from llmcompress.pipeline.stages import require_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.console import chosen_words
 from llmcompress.stages.base import Estimate, StageResult, Time, Workload
 from llmcompress.stages.cost import summed
-from llmcompress.stages.machine import machine_of
+from llmcompress.stages.machine import Machine, machine_of
 from llmcompress.stages.prune.stage import cuttable
 
 TOKENISE_S = 4e-6  # seconds per token
@@ -91,24 +91,13 @@ def plan_recipe(
     spec, model = resolved.data, meta_model(found.folder, config, resolved.device)
     samples, longest = spec.amount(settled.effort)
     length = spec.length or min(longest, getattr(model.text_config, "max_position_embeddings", longest))
-    machine, first = machine_of(model.device), model
+    machine = machine_of(model.device)
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, Time()), cost=False)]
     notes = _known(model)
-    before: list[StageResult] = []
-    for stage in resolved.recipe.stages:
-        if student := stage.models.get("student"):
-            folder = resolved.models[student].folder
-            model = meta_model(folder, config_of(folder, base=True), model.device)
-        require_stage(stage, model, before, recipe.data.seed)
-        before.append(stage.result(model))
-        work = Workload(model, machine, samples * length, length, rows[-1].size_bytes)
-        left = outline_after(stage.result(model), model)
-        left.model.tie_weights()
-        estimate = stage.estimate(model, left, work)
-        rows.append(_row(left, estimate))
-        notes += estimate.notes
-        model = left
-    whole = Workload(first, machine, spec.evaluation_samples * length, length, rows[0].size_bytes)
+    for step in foretold(resolved, model, machine, samples * length, length):
+        rows.append(_row(step.left, step.estimate))
+        notes += step.estimate.notes
+    whole = Workload(model, machine, spec.evaluation_samples * length, length, rows[0].size_bytes)
     beside = _beside_stages(whole, found.folder, samples * length + settled.training_tokens(length))
     notes += [_spent(row.stage, Time(row.time)) for row in rows if row.time]
     notes.append(_spent("load, measure, write", beside))
@@ -118,6 +107,34 @@ def plan_recipe(
         notes.append(chosen_words(chosen))
     notes.append(f"calibration: {samples} sequences of {length} tokens, on {model.device}")
     return Plan(tuple(rows), tuple(notes), seconds, settled.effort or DEFAULT)
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What a stage would leave of a model, and cost."""
+
+    result: StageResult
+    left: MetaModel
+    estimate: Estimate
+
+
+def foretold(
+    resolved: Resolved, model: MetaModel, machine: Machine, tokens: int, length: int
+) -> Iterator[Foretold]:
+    """Yield what each stage of a recipe would leave of `model` and cost, with so many tokens of text in
+    sequences of `length`. Errors: CompressError if a stage can't run on what those before it left."""
+    before, size_bytes = list[StageResult](), model.stored_bytes()
+    for stage in resolved.recipe.stages:
+        if student := stage.models.get("student"):
+            folder = resolved.models[student].folder
+            model = meta_model(folder, config_of(folder, base=True), model.device)
+        require_stage(stage, model, before, resolved.recipe.data.seed)
+        before.append(stage.result(model))
+        left = outline_after(before[-1], model)
+        left.model.tie_weights()
+        estimate = stage.estimate(model, left, Workload(model, machine, tokens, length, size_bytes))
+        yield Foretold(before[-1], left, estimate)
+        model, size_bytes = left, estimate.size_bytes
 
 
 def _known(model: MetaModel) -> list[str]:
@@ -134,6 +151,16 @@ def _known(model: MetaModel) -> list[str]:
     return [*active, f"of this {anatomy.family} model is proved {FACTS[anatomy.level]}{axes}{matrices}"]
 
 
+def times_of(
+    recipe: Recipe, *, base: str | None = None, data: str | DataSpec | None = None, device: str | None = None
+) -> dict[Effort, float]:
+    """Return the seconds of a run with each effort, by rising effort. Errors: those of `plan_recipe`."""
+    return {
+        effort: plan_recipe(recipe, base=base, data=data, effort=effort, device=device).seconds
+        for effort in EFFORTS
+    }
+
+
 def fitting(
     recipe: Recipe,
     seconds: float,
@@ -144,10 +171,7 @@ def fitting(
 ) -> tuple[Effort, str]:
     """Return the best effort with which a run takes at most `seconds` on this machine, and what each would
     take, in words. Errors: CompressError if none fits, beside those of `plan_recipe`."""
-    times: dict[Effort, float] = {
-        effort: plan_recipe(recipe, base=base, data=data, effort=effort, device=device).seconds
-        for effort in EFFORTS
-    }
+    times = times_of(recipe, base=base, data=data, device=device)
     words = ", ".join(f"{effort} about {duration(time)}" for effort, time in times.items())
     fits = [effort for effort, time in times.items() if time <= seconds]
     if not fits:

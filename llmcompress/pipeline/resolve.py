@@ -26,6 +26,7 @@ from llmcompress.io import own_code
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.io.units import amount, bytes_of, share_of
 from llmcompress.io.user_paths import path_of, shortened
 from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -160,6 +161,23 @@ def _why(error: Exception) -> str:
 def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
     """The text of a recipe, or `data` in its place; a string is taken as DataSpec.with_text takes it."""
     return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
+
+
+def bytes_within(size: str, whole: int) -> int:
+    """The bytes that a size stands for, of a base of so many. Errors: CompressError."""
+    share = share_of(size)
+    found = bytes_of(size) if share is None else int(share * whole)
+    if not found:
+        raise CompressError(
+            f"{argument('size')} {shortened(size)} is no size; give bytes like 60MB, or a share of the "
+            "base's like 40%"
+        )
+    if found >= whole:
+        raise CompressError(
+            f"{argument('size')} {shortened(size)} is no less than the base, which has {amount(whole, 'B')}; "
+            "give a smaller one"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from llmcompress.io.local_names import short_name
 from llmcompress.io.safetensors_writer import discard, put, writing
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.io.units import amount, bytes_of, share_of
+from llmcompress.io.units import amount
 from llmcompress.io.user_paths import path_of, shortened
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
@@ -37,6 +37,7 @@ from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.pipeline.disk_store import source_digest
 from llmcompress.pipeline.resolve import (
     Base,
+    bytes_within,
     calibration_data,
     config_of,
     data_of,
@@ -184,7 +185,7 @@ def _searched(
     opened = partial(DiskModel, base.folder, where)
     read = opened()
     whole = read.checkpoint.size_bytes
-    budgets = {size: _budget(size, whole) for size in sizes}
+    budgets = {size: bytes_within(size, whole) for size in sizes}
     require_computable(read)
     text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
     offered = palettes(loads_with)
@@ -224,23 +225,6 @@ def write(searched: Searched, out: Path) -> None:
             [(each.way, each.outside != KEPT, each.size_bytes, each.nats) for each in searched.uniform],
             folder / "frontier.png",
         )
-
-
-def _budget(size: str, whole: int) -> int:
-    """The bytes that a size stands for, of a base of so many. Errors: CompressError."""
-    share = share_of(size)
-    found = bytes_of(size) if share is None else int(share * whole)
-    if not found:
-        raise CompressError(
-            f"{argument('size')} {shortened(size)} is no size; give bytes like 60MB, or a share of the "
-            "base's like 40%"
-        )
-    if found >= whole:
-        raise CompressError(
-            f"{argument('size')} {shortened(size)} is no less than the base, which has {amount(whole, 'B')}; "
-            "give a smaller one"
-        )
-    return found
 
 
 def ways_of(offered: Sequence[Palette]) -> list[Way]:

@@ -29,6 +29,12 @@ PURPOSES = (
 )
 TRAINED = "distillation"
 TRANSFORMERS, NATIVE, PLUGIN = "transformers", "transformers and bitsandbytes", "import llmcompress"
+MODELS = {  # the measured models by their parameters
+    "stories260k": 260_032,
+    "demo": 1_894_464,
+    "wikilm-8m": 8_392_960,
+    "smollm2-135m": 134_515_008,
+}
 MEASURED = re.compile(
     r"#\s+(?P<model>\S+): KL (?P<kl>[0-9.]+) nats(?: \((?P<against>.*)\))?, "
     r"perplexity (?P<before>[0-9.]+) -> (?P<after>[0-9.]+), (?P<seconds>[0-9.]+) s"

@@ -297,6 +297,57 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
         console.print(Text(note, style="dim"))
 
 
+class AdviceLine(Protocol):
+    """A recipe or a search that suits a model; None is what is not known."""
+
+    @property
+    def recipe(self) -> str | None: ...
+    @property
+    def why(self) -> str: ...
+    @property
+    def command(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def kl_nats(self) -> float | None: ...
+    @property
+    def measured_on(self) -> str | None: ...
+    @property
+    def loads_with(self) -> str: ...
+    @property
+    def seconds(self) -> float | None: ...
+
+
+def print_advice(
+    model: str, rows: Sequence[AdviceLine], notes: Iterable[str], console: Console, *, timed: bool
+) -> None:
+    """Print `advise`: a table by number, and below it why each is advised and the command to run. The time
+    is shown if it was estimated."""
+    header = ("recipe", "bytes", "share", "KL, nats", "measured on")
+    cells = []
+    for place, row in enumerate(rows, 1):
+        most = "" if row.recipe else "<= "
+        cells.append(
+            (
+                f"{place} {row.recipe or 'search'}",
+                most + amount(row.size_bytes, "B"),
+                measured_percent(row.share),
+                number(row.kl_nats),
+                row.measured_on or NONE,
+                *((duration(row.seconds),) if timed else ()),
+            )
+        )
+    _print(console, f"for {model}", (*header, "time") if timed else header, cells)
+    for place, row in enumerate(rows, 1):
+        words = f"{place} {row.why}; loads with {row.loads_with}"
+        console.print(words, soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {row.command}", soft_wrap=True, highlight=False, markup=False)
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
 class WayLine(Protocol):
     """How many linears take a way, as a search found it."""
 

@@ -266,6 +266,21 @@ class Stage(Settings):
         """Whether the result loads only where llmcompress is imported."""
         return False
 
+    @property
+    def learns(self) -> bool:
+        """Whether it takes steps of gradient descent, which take most of a run's time."""
+        return self.trains
+
+    @property
+    def kernel(self) -> str | None:
+        """The format whose kernel runs what it coded, if that is one format."""
+        return None
+
+    @property
+    def spares(self) -> bool:
+        """Whether it may leave single linears in their dtype beside those that it codes."""
+        return False
+
     def training_tokens(self, length: int) -> int:
         """Tokens of text that the stage trains on, for sequences of `length` tokens."""
         return 0

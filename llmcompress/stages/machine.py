@@ -245,6 +245,13 @@ class Machine:
         return time.thread_time() - start
 
 
+class UntimedMachine(Machine):
+    """A machine on which nothing is timed and no operation takes time: for estimates of bytes alone."""
+
+    def _timed(self, key: Hashable, made: Callable[[], Run]) -> float:
+        return 0.0
+
+
 @cache
 def machine_of(device: torch.device) -> Machine:
     """The machine of a device; what was timed on it is known to all plans of the process."""

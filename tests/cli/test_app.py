@@ -22,6 +22,7 @@ from tests.bases import save_base, small_recipe, write_text
 from tests.clients import Result, shell
 
 COMMANDS = (
+    "advise",
     "run",
     "plan",
     "evaluate",
@@ -137,6 +138,20 @@ def test_compare_prints_artefacts_by_size_and_writes_a_page(shelf: Path, cli: Cl
     assert "1" in rows[1][8:-3] and "1" not in rows[0][8:-3]  # the larger one is beaten by the first
     assert done.out.splitlines()[-1] == f"page: {tmp_path / 'both.html'}"
     assert "2 artefacts compared" in (tmp_path / "both.html").read_text()
+
+
+def test_advise_prints_recipes_that_fit_and_the_commands_to_run(cli: Cli, tmp_path: Path) -> None:
+    done = cli("advise", "demo", "--size", "48%", "--for", "vllm")
+    assert done.code == 0, done.err
+    assert "1 nf4-learned-tuned" in done.out
+    assert "llmcompress run nf4-learned-tuned --base demo --out demo-nf4-learned-tuned\n" in done.out
+    assert "w8a8" not in done.out
+    found = json.loads(cli("advise", "demo", "--size", "48%", "--json").out)
+    assert found["advice"][0]["command"] == "llmcompress search demo --size 48%"
+    assert found["advice"][1]["recipe"] == "nf4-learned-tuned"
+    assert found["size_bytes"] > found["advice"][1]["size_bytes"] > 0
+    refused(cli("advise", "demo", "--size", "1kB"), "fits in --size 1kB; give more bytes", tmp_path)
+    refused(cli("advise", tmp_path), "has no config.json", tmp_path)
 
 
 def test_what_can_not_be_compared_is_one_clear_line(shelf: Path, cli: Cli, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ SHARED = {
     "--base": {"run", "plan", "reproduce"},
     "--data": {"run", "plan", "search", "evaluate", "reproduce"},
     "--effort": {"run", "plan", "search"},
-    "--time": {"run", "plan"},
+    "--time": {"run", "plan", "advise"},
     "--device": {"run", "plan", "search", "evaluate", "reproduce"},
     "--out": {"run", "search", "reproduce"},
     "--overwrite": {"run", "reproduce"},
@@ -45,7 +45,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
 
 def test_there_are_these_commands() -> None:
     known = {"run", "plan", "evaluate", "report", "push", "reproduce"}
-    known |= {"search", "compare", "recipes", "families", "doctor", "schema"}
+    known |= {"advise", "search", "compare", "recipes", "families", "doctor", "schema"}
     assert COMMANDS.keys() == known
 
 

@@ -98,6 +98,11 @@ class Codebook(ExpertStage):
         return index, index
 
     @property
+    def kernel(self) -> str:
+        """The format of all its linears."""
+        return "codebook"
+
+    @property
     def leaves(self) -> str:
         """How many values weights can have."""
         return f"{self.entries} values per {self.per}, {self.bits[0]:g} bits per weight"

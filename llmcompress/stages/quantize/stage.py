@@ -201,6 +201,22 @@ class Quantize(FormatConfig, ExpertStage):
         return min(found), max(found)
 
     @property
+    def learns(self) -> bool:
+        """Whether the rounding is learned."""
+        return self.rounding == "learned"
+
+    @property
+    def kernel(self) -> str | None:
+        """The format, if all linears have the same and the embedding has its dtype."""
+        mixed = self.embedding != "keep" or len({each.format for each in self.formats}) > 1
+        return None if mixed else self.format
+
+    @property
+    def spares(self) -> bool:
+        """Whether some linears are kept by their names or by their loss."""
+        return bool(self.protect or self.skip)
+
+    @property
     def needs(self) -> int:
         """The axes to rotate along, where scales cross to smooth, otherwise what each linear reads."""
         return AXES if self.rotate else SCALES if self.smooth is not None else LINEARS

@@ -166,6 +166,11 @@ class Share(Stage):
         return self.model_copy(update=self.unsaid(steps=STEPS[effort]))
 
     @property
+    def learns(self) -> bool:
+        """Whether the shared weights are trained."""
+        return self.steps > 0
+
+    @property
     def leaves(self) -> str:
         """How many different weights are left."""
         parts = " and ".join(SPOKEN[part] for part in self.parts)
