@@ -406,7 +406,7 @@ def search(results: Results) -> str:
                 [
                     f"{found.row}, {megabytes(found.size_bytes)} MB",
                     kl(found),
-                    f"{found.expected_nats:.5f}" if found.expected_nats is not None else "",
+                    f"{found.expected_nats:.3g}" if found.expected_nats is not None else "",
                     f"{best.row}, {percent(best.share_of_bytes)}" if best else "none so small",
                     kl(best),
                     f"{found.kl_nats_mean / best.kl_nats_mean:.2f}" if best else "",
@@ -435,7 +435,7 @@ def beside(row: SearchRow | None) -> list[str]:
 
 def kl(row: SearchRow | None) -> str:
     """The KL of a row, if there is one."""
-    return f"{row.kl_nats_mean:.5f}" if row else ""
+    return f"{row.kl_nats_mean:.3g}" if row else ""
 
 
 def correlations(rows: Sequence[SearchRow]) -> str:

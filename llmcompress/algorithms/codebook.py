@@ -145,7 +145,8 @@ def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> T
     sums = [pad((h_GN * x_GN.double() ** power).cumsum(1), (1, 0)) for power in range(3)]
     if entries < BINS:
         edges = _bins(x_GN, h_GN, min(BINS, N))
-        mass, moment, square = (part.gather(1, edges).split(64) for part in sums)
+        at_once = 8 if W_RC.device.type == "cpu" else 64  # their costs stay in the cache of a core
+        mass, moment, square = (part.gather(1, edges).split(at_once) for part in sums)
         cuts = [_best_cuts(*part, entries) for part in zip(mass, moment, square, strict=True)]
         edges = edges.gather(1, torch.cat(cuts))
     else:
