@@ -65,9 +65,8 @@ class WayRow:
 
 @dataclass(frozen=True)
 class Found:
-    """The best choice within a size: its recipe, the bytes of its files and its expected loss in nats/token,
-    what becomes of the weights outside the
-    layers and of the linears."""
+    """The best choice within a size: its recipe, the bytes of its files, its expected loss in nats/token, and
+    what becomes of the weights outside the layers and of the linears."""
 
     asked: str  # the size that was asked for
     recipe: Recipe
@@ -83,7 +82,7 @@ class Found:
         return f"{self.asked.strip().replace('%', ' percent').replace(' ', '-')}.yaml"
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `search --json`."""
+        """What stands in search.json."""
         facts = {key: value for key, value in vars(self).items() if key not in ("recipe", "rows")}
         stages = self.recipe.model_dump(mode="json", exclude_unset=True)
         return facts | {"rows": [asdict(row) for row in self.rows], "recipe": stages}
@@ -98,7 +97,7 @@ class Searched:
     uniform: tuple[Uniform, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `search --json`."""
+        """What stands in search.json."""
         return {
             "model": self.model,
             "found": [each.to_dict() for each in self.found],
@@ -188,6 +187,7 @@ def _searched(
     budgets = {size: bytes_within(size, whole) for size in sizes}
     require_computable(read)
     text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
+    del read  # the model is opened anew to be measured
     offered = palettes(loads_with)
     prices = prices_of(opened, text, spec.seed, ways_of(offered), track)
     found = []

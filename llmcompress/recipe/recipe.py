@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of recipes: llmcompress 0.N reads schemas up to N, so a newer recipe can say what to install
 FILE = "recipe.yaml"  # its name in an artefact and in a repository on the Hub
-LARGEST = 1 << 15  # bytes of a recipe file
+LARGEST = 1 << 17  # bytes of a recipe file, which may name each linear of a large model
 SHORT = reprlib.Repr()  # shortens wrong values in errors
 SHORT.maxlevel = 2
 
