@@ -82,10 +82,15 @@ class Browser:
             pass
 
     def value(self, expression: str) -> Any:
-        """The value of an expression in the page."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of an expression in the page; of a promise, what it comes to."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def settle(self) -> None:
+        """Wait until what has changed is laid out: what is placed beside a token follows a scroll by a
+        frame."""
+        self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         """Write a picture of the window, or of the whole page."""

@@ -281,6 +281,7 @@ def test_focus_shows_what_was_predicted_within_the_window(chrome: Browser, tmp_p
         )
         assert chrome.value(f"{shown}.length") == 0
         chrome.value("document.querySelectorAll('.t')[1].focus()")
+        chrome.settle()
         assert chrome.value(f"{shown}.length") == 1
         box = chrome.value(f"{shown}.map(tip => tip.getBoundingClientRect().toJSON())[0]")
         assert box["left"] >= 0 and box["right"] <= width and box["top"] >= 0 and box["bottom"] <= 844
