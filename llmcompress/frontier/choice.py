@@ -50,9 +50,7 @@ def best(
     """The choice with the least expected loss in at most `budget` bytes, or None if nothing is so small."""
     found = [
         choice
-        for palette in palettes
-        for outer in outers
-        if outer.native or not palette.native
+        for palette, outer in _together(palettes, outers)
         if (choice := _within(units, palette, outer, budget)) is not None
     ]
     return min(found, key=lambda choice: (choice.nats, choice.size_bytes), default=None)
@@ -62,10 +60,15 @@ def least(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence
     """The bytes of the smallest model that can be chosen."""
     return min(
         outer.size_bytes + sum(min(_sizes(unit, palette).values()) for unit in units)
-        for palette in palettes
-        for outer in outers
-        if outer.native or not palette.native
+        for palette, outer in _together(palettes, outers)
     )
+
+
+def _together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
+    """The palettes with what may stand beside each outside the layers."""
+    return [
+        (palette, outer) for palette in palettes for outer in outers if outer.native or not palette.native
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,16 @@ class Uniform:
 def uniform(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[Uniform]:
     """The models of one way, without ways that most linears can't take."""
     found: dict[tuple[str, str], Uniform] = {}
-    for palette in palettes:
-        for outer in outers:
-            for way in palette.ways if outer.native or not palette.native else ():
-                if 2 * sum(way.name in unit.costs for unit in units) < len(units):
-                    continue
-                size, nats = outer.size_bytes, outer.nats
-                for unit in units:
-                    taken = way.name if way.name in unit.costs else KEEP.name
-                    size += _sizes(unit, palette)[taken]
-                    nats += unit.costs[taken].nats
-                found.setdefault((way.name, outer.name), Uniform(way.name, outer.name, size, nats))
+    for palette, outer in _together(palettes, outers):
+        for way in palette.ways:
+            if 2 * sum(way.name in unit.costs for unit in units) < len(units):
+                continue
+            size, nats = outer.size_bytes, outer.nats
+            for unit in units:
+                taken = way.name if way.name in unit.costs else KEEP.name
+                size += _sizes(unit, palette)[taken]
+                nats += unit.costs[taken].nats
+            found.setdefault((way.name, outer.name), Uniform(way.name, outer.name, size, nats))
     return list(found.values())
 
 

@@ -31,6 +31,7 @@ from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, naming_layer
 from llmcompress.stages.fisher import find_fisher, fisher
 from llmcompress.stages.linear_rewriting import refused
+from llmcompress.stages.quantize.fake_quant import outputs_with
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.sensitivity import nats
 from llmcompress.stages.routed_experts import completed, expert_turns
@@ -200,15 +201,9 @@ def _outputs(
 ) -> list[Tensor]:
     """The layer's outputs with some weights in place of its own, and their inputs rounded as the kernel
     does."""
-    before = dict(layer.rounds)
-    if (inputs := coding.inputs()) is not None:
-        layer.rounds.update(dict.fromkeys(dense, inputs))
-    given = {f"{linear}.weight": layer.oriented(linear, W_RC) for linear, W_RC in dense.items()}
-    try:
-        return layer.outputs_with(sample, given, layer.device, parts, final)
-    finally:
-        layer.rounds.clear()
-        layer.rounds.update(before)
+    rounded = coding.inputs()
+    inputs = {} if rounded is None else dict.fromkeys(dense, rounded)
+    return outputs_with(layer, dense, inputs, sample, parts, final)
 
 
 def _as_it_is(model: LayerwiseModel, layer: DecoderLayer, unit: Unit) -> Cost:
