@@ -27,14 +27,24 @@ def section(facts: Sequence[FamilyFacts]) -> str:
         "| `model_type` | known | of the layers' weights | `prune` | `rotate` | kept, or what is missing |",
         "|---|---|---|---|---|---|",
     ]
-    for of in facts:
-        share = measured_percent(of.share) if of.level else ""
-        why = "; ".join(of.why).replace("|", r"\|")
-        why = why if len(why) <= LONGEST else f"{why[:LONGEST]} ..."
-        turns = ", ".join(ROTATIONS[turn] for turn in of.turns)
-        cells = [f"`{of.model_type}`", LEVELS[of.level], share, ", ".join(of.axes), turns, why]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(row, facts)])
+
+
+def row(of: FamilyFacts) -> str:
+    """The line of one type."""
+    share = measured_percent(of.share) if of.level else ""
+    why = "; ".join(of.why).replace("|", r"\|")
+    why = why if len(why) <= LONGEST else f"{why[:LONGEST]} ..."
+    turns = ", ".join(ROTATIONS[turn] for turn in of.turns)
+    cells = [f"`{of.model_type}`", LEVELS[of.level], share, ", ".join(of.axes), turns, why]
+    return f"| {' | '.join(cells)} |"
+
+
+def rows() -> dict[str, str]:
+    """The lines of the page, by type."""
+    table = PAGE.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    return {line.split("`")[1]: line for line in lines[1:]}
 
 
 def written(facts: Sequence[FamilyFacts]) -> str:
