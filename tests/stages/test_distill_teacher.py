@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.algorithms.distillation_losses import Scores, TopK, token_loss, top_k
-from llmcompress.errors import OutputError
+from llmcompress.derivation.shrink import tiny_model
+from llmcompress.errors import ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import untracked
@@ -30,7 +31,7 @@ from llmcompress.stages.distill.teacher import (
     output_of,
 )
 from tests.artefacts import CPU, distance
-from tests.models import FAMILIES, VARIANTS, pico
+from tests.models import FAMILIES, VARIANTS, pico, tiny, tiny_config
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -38,6 +39,14 @@ V, L, K = 160, 8, 16
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 CAPPED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
     (family, {"final_logit_softcapping": 2.0}) for family in ("gemma2", "gemma3_text")
+)
+SCALED: tuple[
+    tuple[str, dict[str, Any], float], ...
+] = (  # and what their logits are divided or multiplied by
+    ("granite", {"logits_scaling": 8.0}, 1 / 8),
+    ("cohere", {"logit_scale": 0.25}, 1 / 4),
+    ("falcon_h1", {"lm_head_multiplier": 2.0}, 2.0),
+    ("recurrent_gemma", {"logits_soft_cap": 0.2}, 1.0),
 )
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS, *CAPPED)
 
@@ -67,6 +76,26 @@ def test_what_is_said_is_what_the_model_says(family: str, config: dict[str, Any]
     assert torch.equal(made(found.scores), logits(model))
     assert len(found.hidden_BLD) == 3 and not found.attention_BHLL
     assert torch.equal(found.hidden_BLD[-1].flatten(0, 1), found.scores.hidden_TD)
+
+
+@pytest.mark.parametrize(("family", "config", "scale"), SCALED)
+def test_logits_that_the_model_scales_are_said_as_it_scales_them(
+    family: str, config: dict[str, Any], scale: float
+) -> None:
+    small = tiny_config(family)
+    small.update(config)
+    model = tiny_model(small, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = output_of(model, model(**forward_arguments(IDS)))
+    assert found.scores.scale == pytest.approx(scale, rel=1e-5)
+    assert torch.allclose(made(found.scores), logits(model), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_a_head_of_several_layers_is_refused(family: str) -> None:
+    model = tiny(family).eval()
+    with pytest.raises(ModelError, match="are not its head times its last hidden state"):
+        output_of(model, model(**forward_arguments(IDS)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

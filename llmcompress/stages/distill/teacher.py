@@ -28,6 +28,7 @@ from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track
 from llmcompress.modeling.token_limit import TokenLimit, batches_of
+from llmcompress.stages.distill.logit_scale import logit_scale, soft_cap
 from llmcompress.stages.distill.student import whole
 
 SHARD = 64  # sequences in a file
@@ -63,7 +64,8 @@ class Teacher(Protocol):
 
 def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
     """Return the output of a forward pass, without computing the logits. `vocabulary` limits the scores to
-    the first tokens. Errors: ModelError if the model's own code returns no hidden states."""
+    the first tokens. Errors: ModelError if the model's own code returns no hidden states, or logits that are
+    not those of its head."""
     if not getattr(found, "hidden_states", None):
         raise ModelError(
             f"{type(model).__name__} returns no hidden states, which distill asks of it "
@@ -71,14 +73,15 @@ def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None)
         )
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    last_BLD = found.hidden_states[-1]
     scores = Scores(
-        found.hidden_states[-1].flatten(0, 1),
+        last_BLD.flatten(0, 1),
         head.weight[:vocabulary],
         None if bias is None else bias[:vocabulary],
-        cap=cap,
+        scale=logit_scale(model, last_BLD[0, -1], found.logits[0, -1], head.weight, bias),
+        cap=soft_cap(model),
     )
-    return TeacherOutput(scores, found.hidden_states, found.attentions or ())
+    return TeacherOutput(scores, found.hidden_states, getattr(found, "attentions", None) or ())
 
 
 def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
