@@ -1,8 +1,8 @@
 /* The parts of the solver of codebooks that go weight by weight: clusters of sorted weights, and the normal equations of levels.
 
    The clusters are those of `algorithms.codebook_loops.cluster`, which explains them. The cost of all pairs of edges is one
-   matrix of floats, over which each step of the dynamic programme goes once: for so few bins that is faster than a search that
-   uses how costs grow, as sixteen ends are done at once. Ties are resolved as torch does: the first of equals is kept.
+   matrix of floats, over which each step of the dynamic programme goes once: there are few bins, and several ends are done at
+   once. Ties are resolved as torch does: the first of equals is kept.
 
    N weights of a group, G groups, R rows (outputs), C columns (inputs), L levels. */
 
