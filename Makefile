@@ -65,6 +65,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation distill-speed # 10 min
 	$(BIN)/python -m evaluation speed # 6 min
 	$(BIN)/python -m evaluation lookup-speed # 5 min
+	$(BIN)/python -m evaluation codebook-speed # 3 min
 	$(BIN)/python -m evaluation pruned-speed # 3 min
 	$(BIN)/python -m evaluation import-time # 3 min
 	$(BIN)/python -m evaluation tables

@@ -63,6 +63,9 @@ SCRIPTS = {
     "speed": Script("speed", "6 min", "linears and a whole model in every format, against floats"),
     "lookup-speed": Script("lookup_speed", "5 min", "codebook linears against bitsandbytes' nf4"),
     "attention-speed": Script("attention_speed", "1 min", "attention in bfloat16 against torch's"),
+    "codebook-speed": Script(
+        "codebook_speed", "3 min", "solving for codebooks by the C kernels, against torch's loops"
+    ),
     "pruned-speed": Script("pruned_speed", "3 min", "models of fewer parameters against the whole one"),
     "import-time": Script(
         "import_time", "3 min", "what importing llmcompress adds to importing transformers"

@@ -529,6 +529,20 @@ class AttentionRow(Facts):
     relative_error: float
 
 
+class CodebookSpeedRow(Facts):
+    """Processor seconds to solve for the codebooks of a linear, its relative output error, and the share of
+    its weights that are those that torch's loops find."""
+
+    linear: str
+    rows: int
+    columns: int
+    entries: int
+    way: Name
+    cpu_seconds: float
+    output_error: float
+    same_weights: float
+
+
 class PrunedSpeedRow(Facts):
     """A cut model as shares of the whole one, seconds, and bytes of cache per token, counted and planned."""
 

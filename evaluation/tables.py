@@ -24,6 +24,7 @@ from evaluation.results import (
     AblationRow,
     AttentionRow,
     BosRow,
+    CodebookSpeedRow,
     CompressionSpeedRow,
     CostRow,
     DistillSpeed,
@@ -756,6 +757,32 @@ def attention_speed(results: Results) -> str:
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
+def codebook_speed(results: Results) -> str:
+    """Seconds of each linear and of all together, and what they lose."""
+    if (result := results.load("codebook_speed", Rows[CodebookSpeedRow])) is None:
+        return ""
+    sizes = list(dict.fromkeys(row.entries for row in result.rows))
+    found: dict[tuple[str, int], dict[str, CodebookSpeedRow]] = {}
+    for row in result.rows:
+        found.setdefault((row.linear, row.entries), {})[row.way] = row
+
+    def cell(pairs: Sequence[Mapping[str, CodebookSpeedRow]]) -> str:
+        theirs, ours = (sum(pair[way].cpu_seconds for pair in pairs) for way in ("torch", "kernels"))
+        return f"{ours:.2f} and {theirs:.2f} ({theirs / ours:.1f})"
+
+    linears = {row.linear: f"{row.rows} x {row.columns}" for row in result.rows}
+    lines = []
+    for linear, shape in linears.items():
+        pairs = [found[linear, entries] for entries in sizes]
+        errors = ", ".join(
+            f"{pair['kernels'].output_error:.4f} and {pair['torch'].output_error:.4f}" for pair in pairs
+        )
+        lines.append([linear, shape, *(cell([pair]) for pair in pairs), errors])
+    lines.append(["all", "", *(cell([found[linear, size] for linear in linears]) for size in sizes), ""])
+    header = ["linear", "shape", *(f"{size} values, s" for size in sizes), "error of the output, of each"]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
 def pruned_speed(results: Results) -> str:
     """Each cut model as a share of the whole."""
     if (result := results.load("pruned_speed", Rows[PrunedSpeedRow])) is None:
@@ -933,6 +960,14 @@ SECTIONS = (
         "The C kernel and torch, both in bfloat16, at the 10th percentile of calls that take turns in one "
         "process, and the largest relative error against float64: `python -m evaluation attention-speed`.",
         attention_speed,
+    ),
+    Section(
+        "Speed of solving for codebooks",
+        "The C kernels and torch's loops on the linears of the last layer of smollm2-4-layers, under the "
+        "second moments of their own inputs, in seconds of the processor with one thread, the fastest of "
+        "turns in one process, and how many times as fast the kernels are: `python -m evaluation "
+        "codebook-speed`.",
+        codebook_speed,
     ),
     Section(
         "Speed of pruned models",

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmcompress.algorithms import gptq as columnwise
+from llmcompress.algorithms.codebook_loops import PLAIN, CodebookLoops, gathered
 from llmcompress.algorithms.grids import Grid
-from llmcompress.algorithms.hessian import inverse_factor
+from llmcompress.algorithms.hessian import ordered_factor
 
 Snap = Callable[[Tensor], Tensor]  # levels [G, L] -> the nearest storable levels
 ENTRIES = (4, 8, 16, 256)
-BINS = 128  # of sorted weights, which are then clustered
 PIECE = 2**23  # weights sorted at a time: 300 MB
 
 
@@ -91,6 +91,7 @@ def gptq(
     *,
     damp: float = 0.01,
     factor: tuple[Tensor, Tensor] | None = None,
+    loops: CodebookLoops = PLAIN,
 ) -> Tensor:
     """Return the index [R, C] of the level that each weight takes, found as `algorithms.gptq.gptq` does on a
     single grid. `factor` is the `ordered_factor` of H, if it is known already.
@@ -99,10 +100,19 @@ def gptq(
     codebook.
     """
     grid, ones = Codebooks.of(levels_GL, rows), W_RC.new_ones(len(W_RC), 1)
-    return grid.codes[columnwise.gptq(W_RC, H_CC, ones, grid, damp=damp, factor=factor)]
+    found = columnwise.gptq(W_RC, H_CC, ones, grid, damp=damp, factor=factor, loops=loops.columns)
+    return grid.codes[found]
 
 
-def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
+def descend(
+    W_RC: Tensor,
+    H_CC: Tensor,
+    index_RC: Tensor,
+    levels_GL: Tensor,
+    rows: int,
+    *,
+    loops: CodebookLoops = PLAIN,
+) -> Tensor:
     """Return the index [R, C] after one pass that moves each column to its best level, all others fixed.
 
     tr(E H E^T) never rises.
@@ -112,10 +122,18 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, row
     """
     grid, ones = Codebooks.of(levels_GL, rows), W_RC.new_ones(len(W_RC), 1)
     start = index_RC + grid.offsets(len(W_RC))[:, None]
-    return grid.codes[columnwise.descend(W_RC, H_CC, start, ones, grid)]
+    return grid.codes[columnwise.descend(W_RC, H_CC, start, ones, grid, loops=loops.columns)]
 
 
-def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 100) -> Tensor:
+def kmeans(
+    W_RC: Tensor,
+    h_C: Tensor,
+    entries: int,
+    rows: int,
+    *,
+    steps: int = 100,
+    loops: CodebookLoops = PLAIN,
+) -> Tensor:
     """Return ascending levels [G, entries] near the minimum of the sum of h (W - level)^2 over each group of
     `rows` rows.
 
@@ -123,7 +141,7 @@ def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 1
     column without input counts as if its second moment were a millionth of the mean.
 
     Source: SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, equation 4. Differs: weighted by the second moments
-    of the inputs. For up to 16 levels k-means starts from the best clusters of BINS bins, found by dynamic
+    of the inputs. For up to 16 levels k-means starts from the best clusters of 128 bins, found by dynamic
     programming, which leaves it within 1 % of the minimum. For 256 levels it starts from as many bins,
     without such a guarantee.
     """
@@ -131,107 +149,39 @@ def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 1
     h_C = h_C.clamp_min(floor) if floor > 0 else torch.ones_like(h_C)
     whole = len(W_RC) // rows * rows
     parts = [*W_RC[:whole].split(max(1, PIECE // (rows * len(h_C))) * rows), W_RC[whole:]]
-    return torch.cat(
-        [_kmeans(part, h_C, entries, min(rows, len(part)), steps) for part in parts if len(part)]
-    )
-
-
-def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> Tensor:
-    x_GN, order = W_RC.reshape(-1, rows * len(h_C)).sort(dim=1, stable=True)
-    N = x_GN.shape[1]
-    if entries >= N:
-        return _distinct(x_GN, x_GN[:, -1:].expand(-1, entries))
-    h_GN = h_C.double()[order % len(h_C)]
-    sums = [pad((h_GN * x_GN.double() ** power).cumsum(1), (1, 0)) for power in range(3)]
-    if entries < BINS:
-        edges = _bins(x_GN, h_GN, min(BINS, N))
-        at_once = 8 if W_RC.device.type == "cpu" else 64  # their costs stay in the cache of a core
-        mass, moment, square = (part.gather(1, edges).split(at_once) for part in sums)
-        cuts = [_best_cuts(*part, entries) for part in zip(mass, moment, square, strict=True)]
-        edges = edges.gather(1, torch.cat(cuts))
-    else:
-        edges = _bins(x_GN, h_GN, entries)
-    levels = x_GN.gather(1, edges[:, :-1]).double()
-    for _ in range(steps):
-        inside, total = (part.gather(1, edges).diff(dim=1) for part in sums[:2])
-        moved = torch.where(inside > 0, total / inside, levels)
-        if torch.equal(moved, levels):
-            break
-        levels = moved
-        borders = torch.searchsorted(x_GN, ((levels[:, 1:] + levels[:, :-1]) / 2).to(x_GN.dtype))
-        edges = pad(pad(borders, (1, 0)), (0, 1), value=N)
-    return _distinct(x_GN, levels.to(x_GN.dtype).sort(dim=1).values)
-
-
-def _bins(x_GN: Tensor, h_GN: Tensor, bins: int) -> Tensor:
-    """Return where bins of sorted weights begin, and the end of the last, int64 [G, bins + 1]. No bin is
-    empty.
-
-    Bins are as dense as the cube root of the density, as the levels of a fine quantiser are (Panter and Dite
-    1951).
-    """
-    N, place = x_GN.shape[1], torch.arange(1, bins, device=x_GN.device)
-    density = (h_GN[:, 1:] + h_GN[:, :-1]) / 2  # times the width of an interval
-    reach = (density.pow(1 / 3) * x_GN.diff(dim=1).double().pow(2 / 3)).cumsum(1)
-    found = torch.searchsorted(reach, reach[:, -1:] * place / bins) + 1
-    found = ((found - place).cummax(1).values.clamp(0, N - bins)) + place
-    return pad(pad(found, (1, 0)), (0, 1), value=N)
-
-
-def _best_cuts(mass: Tensor, moment: Tensor, square: Tensor, entries: int) -> Tensor:
-    """Return where the clusters of bins with the least loss begin, and the end of the last, int64 [G, entries
-    + 1].
-
-    The arguments are running sums [G, bins + 1].
-
-    Source: the dynamic programme for k-means in one dimension, Wang and Song 2011, Ckmeans.1d.dp.
-    """
-    mass, moment, square = (part[:, None] - part[:, :, None] for part in (mass, moment, square))
-    cost = (square - moment.square() / mass).clamp_min(0)  # [G, first edge, last edge] of a cluster
-    bins = cost.shape[1] - 1
-    cost.masked_fill_(torch.ones_like(cost[0], dtype=torch.bool).tril(), torch.inf)
-    cost = (cost / cost[:, :1, -1:].clamp_min(1e-300)).float()
-    least, back = cost[:, 0], []
-    for _ in range(entries - 1):
-        least, last = (least[:, :, None] + cost).min(1)
-        back.append(last)
-    cuts = [torch.full_like(back[0][:, :1], bins)]
-    for last in reversed(back):
-        cuts.append(last.gather(1, cuts[-1]))
-    return torch.cat([torch.zeros_like(cuts[0]), *reversed(cuts)], 1)
-
-
-def _distinct(x_GN: Tensor, levels_GL: Tensor) -> Tensor:
-    """Return the levels; for a group with at most L distinct values, return these values instead."""
-    L = levels_GL.shape[1]
-    place = pad((x_GN.diff(dim=1) != 0).cumsum(1), (1, 0))
-    few = place[:, -1:] < L
-    values = x_GN[:, -1:].repeat(1, L).scatter(1, place.clamp_max(L - 1), x_GN)
-    return torch.where(few, values, levels_GL)
+    groups = [part.reshape(-1, min(rows, len(part)) * len(h_C)) for part in parts if len(part)]
+    return torch.cat([loops.cluster(W_GN, h_C.double(), entries, steps) for W_GN in groups])
 
 
 def fit_levels(
-    W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8
+    W_RC: Tensor,
+    H_CC: Tensor,
+    index_RC: Tensor,
+    levels_GL: Tensor,
+    rows: int,
+    *,
+    steps: int = 8,
+    pull_RC: Tensor | None = None,
+    loops: CodebookLoops = PLAIN,
 ) -> Tensor:
     """Return levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself.
 
     The levels returned need not ascend. The normal equations are solved by conjugate gradients from the given
     levels, preconditioned by the total second moment of the weights that take each level. So a step costs one
-    product with H for any L, no step raises the objective, and levels that no weight takes do not change.
+    product with H for any L, or one with the normal matrices if `loops` know them; no step raises the
+    objective, and levels that no weight takes do not change. `pull_RC` is (W - Q) H, if it is known already.
     """
     place_RC = index_RC + (torch.arange(len(W_RC), device=W_RC.device) // rows * levels_GL.shape[1])[:, None]
-
-    def gathered(value_RC: Tensor) -> Tensor:
-        sums = torch.zeros_like(levels_GL).flatten().index_add_(0, place_RC.flatten(), value_RC.flatten())
-        return sums.view_as(levels_GL)
-
-    weighs = gathered(H_CC.diagonal().expand_as(W_RC))
+    if pull_RC is None:
+        pull_RC = (W_RC - levels_GL.flatten()[place_RC]) @ H_CC
+    weighs = gathered(H_CC.diagonal().expand_as(W_RC), place_RC, levels_GL.shape)
     unit = torch.where(weighs > 0, 1 / weighs, 0)
-    found, slope = levels_GL, gathered((W_RC - levels_GL.flatten()[place_RC]) @ H_CC)
+    bends = loops.normal_product(H_CC, index_RC, rows, levels_GL.shape[1])
+    found, slope = levels_GL, gathered(pull_RC, place_RC, levels_GL.shape)
     ahead = unit * slope
     size = (slope * ahead).sum(1, keepdim=True)
     for _ in range(steps):
-        turn = gathered(ahead.flatten()[place_RC] @ H_CC)
+        turn = bends(ahead)
         bend = (ahead * turn).sum(1, keepdim=True)
         length = torch.where(bend > 0, size / bend, 0)
         found, slope = found + length * ahead, slope - length * turn
@@ -242,9 +192,16 @@ def fit_levels(
 
 def losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> Tensor:
     """Return tr(E H E^T) over the rows of each codebook, [G]."""
+    return _losses(W_RC, palette, H_CC)[0]
+
+
+def _losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tr(E H E^T) over the rows of each codebook, [G], and E H [R, C]."""
     E_RC = W_RC - palette.weight()
-    lost_R = ((E_RC @ H_CC) * E_RC).sum(1)
-    return pad(lost_R, (0, -len(lost_R) % palette.rows)).reshape(-1, palette.rows).sum(1).clamp_min(0)
+    pull_RC = E_RC @ H_CC
+    lost_R = E_RC.mul_(pull_RC).sum(1)
+    lost_G = pad(lost_R, (0, -len(lost_R) % palette.rows)).reshape(-1, palette.rows).sum(1).clamp_min(0)
+    return lost_G, pull_RC
 
 
 def solve_codebook(
@@ -257,6 +214,7 @@ def solve_codebook(
     rounds: int = 3,
     damp: float = 0.01,
     factor: tuple[Tensor, Tensor] | None = None,
+    loops: CodebookLoops = PLAIN,
 ) -> Palette:
     """Return codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
     `factor` is the `ordered_factor` of H, if it is known already.
@@ -276,32 +234,39 @@ def solve_codebook(
         )
     rows = min(rows, len(W_RC))
     snap = snap or (lambda levels_GL: levels_GL)
-    levels = snap(kmeans(W_RC, H_CC.diagonal(), entries, rows))
+    order_C, U_CC = factor = factor or ordered_factor(H_CC, damp)
+    levels = snap(kmeans(W_RC, H_CC.diagonal(), entries, rows, loops=loops))
     best = Palette(nearest(W_RC, levels, rows), levels, rows)
     least = losses(W_RC, best, H_CC)
-    levels = snap(kmeans(W_RC, 1 / inverse_factor(H_CC, damp).square().sum(0), entries, rows))
-    index = gptq(W_RC, H_CC, levels, rows, damp=damp, factor=factor)
-    best, least = _better(W_RC, H_CC, Palette(index, levels, rows), best, least)
+    own_C = torch.empty_like(order_C, dtype=U_CC.dtype)
+    own_C[order_C] = 1 / U_CC.square().sum(0)
+    levels = snap(kmeans(W_RC, own_C, entries, rows, loops=loops))
+    index = gptq(W_RC, H_CC, levels, rows, damp=damp, factor=factor, loops=loops)
+    new = Palette(index, levels, rows)
     for _ in range(rounds):
-        levels, order = snap(fit_levels(W_RC, H_CC, index, levels, rows)).sort(dim=1, stable=True)
-        index = look_up(index, order.argsort(dim=1), rows)
-        index = descend(W_RC, H_CC, index, levels, rows)
-        best, least = _better(W_RC, H_CC, Palette(index, levels, rows), best, least)
-    return best
+        lost, pull_RC = _losses(W_RC, new, H_CC)
+        best, least = _better(new, lost, best, least)
+        fitted = fit_levels(W_RC, H_CC, new.index_RC, new.levels_GL, rows, pull_RC=pull_RC, loops=loops)
+        levels, order = snap(fitted).sort(dim=1, stable=True)
+        index = look_up(new.index_RC, order.argsort(dim=1), rows)
+        new = Palette(descend(W_RC, H_CC, index, levels, rows, loops=loops), levels, rows)
+    return _better(new, losses(W_RC, new, H_CC), best, least)[0]
 
 
-def solve_nearest(W_RC: Tensor, entries: int, rows: int, *, snap: Snap) -> Palette:
+def solve_nearest(
+    W_RC: Tensor, entries: int, rows: int, *, snap: Snap, loops: CodebookLoops = PLAIN
+) -> Palette:
     """Return the levels of k-means on the weights alone, and the nearest of them for each weight."""
     rows = min(rows, len(W_RC))
-    levels = snap(kmeans(W_RC, W_RC.new_ones(W_RC.shape[1]), entries, rows))
+    levels = snap(kmeans(W_RC, W_RC.new_ones(W_RC.shape[1]), entries, rows, loops=loops))
     return Palette(nearest(W_RC, levels, rows), levels, rows)
 
 
-def _better(W_RC: Tensor, H_CC: Tensor, new: Palette, old: Palette, least: Tensor) -> tuple[Palette, Tensor]:
-    """Return the codebooks with the lower loss, the old one if equal, and their losses [G]."""
-    lost = losses(W_RC, new, H_CC)
+def _better(new: Palette, lost: Tensor, old: Palette, least: Tensor) -> tuple[Palette, Tensor]:
+    """Return the codebooks with the lower loss [G], the old one if equal, and their losses."""
     won = lost < least
-    index = torch.where(won.repeat_interleave(new.rows)[: len(W_RC), None], new.index_RC, old.index_RC)
-    return Palette(index, torch.where(won[:, None], new.levels_GL, old.levels_GL), new.rows), torch.where(
-        won, lost, least
+    index = torch.where(
+        won.repeat_interleave(new.rows)[: len(new.index_RC), None], new.index_RC, old.index_RC
     )
+    levels = torch.where(won[:, None], new.levels_GL, old.levels_GL)
+    return Palette(index, levels, new.rows), torch.where(won, lost, least)

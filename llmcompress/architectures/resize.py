@@ -21,6 +21,7 @@ from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, fields_for, mixed, overrides
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import Anatomy
+from llmcompress.architectures.unfilled import Unfilled
 from llmcompress.errors import ModelError
 
 # family -> model_type and architecture of a twin, and the fields that the twin lacks
@@ -201,7 +202,7 @@ def _refusal(
     """Return why transformers builds no model of a config with these changes, or None if it does. With proved
     axes, its layers must have the given widths."""
     try:
-        with init_empty_weights():
+        with init_empty_weights(), Unfilled():
             config = changed(given, changes)
             model = auto_class(config).from_config(config)
             if mixed(model.config):

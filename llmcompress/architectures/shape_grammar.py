@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 
 import torch
@@ -44,7 +44,7 @@ class Spelling:
         """Parse a spelling. Raises ValueError that shows the text and what is wrong with it."""
         return _parse(text)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """The axes, each once, in the order in which they first appear."""
         return tuple(dict.fromkeys(axis for term in self.dims for axis in _axes(term)))

@@ -179,9 +179,14 @@ def _codebook() -> tuple[bool, str]:
 def _solver() -> tuple[bool, str]:
     import torch
 
-    from llmcompress.kernels import attention, column_loops, moments
+    from llmcompress.kernels import attention, codebook_loops, column_loops, moments
 
-    kernels = {"the solver": column_loops, "second moments": moments, "attention": attention}
+    kernels = {
+        "the solver": column_loops,
+        "codebooks": codebook_loops,
+        "second moments": moments,
+        "attention": attention,
+    }
     for what, module in kernels.items():
         if (why := module.KERNEL.why_not) is not None:
             return False, f"torch for {what}: {why}"

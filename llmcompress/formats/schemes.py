@@ -26,7 +26,7 @@ from llmcompress.formats.base import DTYPES, Inputs
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
-from llmcompress.kernels import column_loops
+from llmcompress.kernels import codebook_loops, column_loops
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class GridSolution(Solution):
 class GridScheme(ABC):
     """A format whose weights are levels of one grid times scales, each shared by a group of columns."""
 
-    factorisations = 0  # of second moments, that `solve` makes beside the given one
     row_bits = 32  # on disk, which `bits` leaves out: a scale
 
     @property
@@ -369,7 +368,6 @@ class CodebookScheme:
     """Indices into a small codebook, whose levels are solved for with the indices. There are no scales."""
 
     layout: CodebookLayout
-    factorisations = 1  # for the start of the levels, in columns as they are
     row_bits = 0
     input_largest = None
 
@@ -411,6 +409,7 @@ class CodebookScheme:
             self.layout.sharing(len(W_RC)),
             snap=self.layout.snap,
             factor=factors.ordered,
+            loops=codebook_loops.LOOPS,
         )
         return Solution(CodebookWeight.of(palette, self.layout))
 
@@ -432,7 +431,9 @@ class CodebookScheme:
         beyond the levels' dtype."""
         require_within(W_RC, DTYPES[self.layout.dtype], "weights")
         rows = self.layout.sharing(len(W_RC))
-        palette = solve_nearest(W_RC.float(), self.layout.entries, rows, snap=self.layout.snap)
+        palette = solve_nearest(
+            W_RC.float(), self.layout.entries, rows, snap=self.layout.snap, loops=codebook_loops.LOOPS
+        )
         return CodebookWeight.of(palette, self.layout)
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:

@@ -1,8 +1,9 @@
 """The loops of `algorithms.column_loops` by a small C kernel (csrc/solver.c) on CPUs, by Triton on GPUs.
 
-The C kernel takes float32 and grids that are even or have at most 16 levels, `column_loops_gpu` float32 and
-any grid. Anything else, and a machine without a compiler, takes the plain loops. Scales of 4 bits are the
-same to the bit on a CPU. Sums of the column loops may differ in the last bit, which moves hardly any code.
+The C kernel takes float32, grids that are even or have at most 16 levels, and codebooks in the column loops;
+`column_loops_gpu` takes float32 and any one grid. Anything else, and a machine without a compiler, takes the
+plain loops. Scales of 4 bits are the same to the bit on a CPU. Sums of the column loops may differ in the
+last bit, which moves hardly any code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms import column_loops as plain
+from llmcompress.algorithms.codebook import Codebooks
 from llmcompress.algorithms.column_loops import ColumnLoops
 from llmcompress.algorithms.grids import Grid
 from llmcompress.kernels import column_loops_gpu as gpu
@@ -25,9 +27,9 @@ LEVELS = 16  # that fit a register
 def _declare(kernel: ctypes.CDLL) -> None:
     pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernel.solver_search.argtypes = (*4 * (pointer,), small, pointer, small, *3 * (long,), pointer, small)
-    kernel.solver_round.argtypes = (*2 * (pointer,), long, *3 * (pointer,), small, *2 * (long,))
+    kernel.solver_round.argtypes = (*2 * (pointer,), long, *3 * (pointer,), small, *3 * (long,))
     kernel.solver_round.argtypes += (*2 * (pointer,), small)
-    kernel.solver_move.argtypes = (*2 * (pointer,), long, *4 * (pointer,), small, *2 * (long,))
+    kernel.solver_move.argtypes = (*2 * (pointer,), long, *4 * (pointer,), small, *3 * (long,))
     kernel.solver_move.argtypes += (*2 * (pointer,), small)
 
 
@@ -43,8 +45,8 @@ def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Seque
     (R, C), tried = W_RC.shape, torch.tensor(ratios, dtype=torch.float32)
     W, h, S_RG = W_RC.contiguous(), h_C.contiguous(), torch.empty(R, C // group_size)
     KERNEL.required.solver_search(
-        *_at(W, h),
-        *_levels(grid),
+        *_at(W, h, grid.levels, grid.middles),
+        len(grid.levels),
         *_at(tried),
         len(tried),
         R,
@@ -100,13 +102,21 @@ LOOPS = ColumnLoops(search, round_columns, move_columns)
 
 def _takes(grid: Grid, *tensors: Tensor) -> bool:
     """Whether the kernel takes such tensors."""
-    fits = isinstance(grid, Grid) and (len(grid.levels) <= LEVELS or grid.largest > 0)
+    if isinstance(grid, Codebooks):
+        entries = grid.middles.shape[1] + 1
+        fits = entries & (entries - 1) == 0 and len(grid.levels) < 2**31
+    else:
+        fits = len(grid.levels) <= LEVELS or grid.largest > 0
     return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and KERNEL.available
 
 
-def _levels(grid: Grid) -> tuple[int, int, int]:
-    """Where levels and midpoints of a grid are, and the number of levels."""
-    return grid.levels.data_ptr(), grid.middles.data_ptr(), len(grid.levels)
+def _levels(grid: Grid) -> tuple[int, int, int, int]:
+    """Where levels and midpoints of a grid are, the number of levels, and how many rows share a codebook, 0
+    if all rows have one grid."""
+    count, rows = len(grid.levels), 0
+    if isinstance(grid, Codebooks):
+        count, rows = grid.middles.shape[1] + 1, grid.rows
+    return grid.levels.data_ptr(), grid.middles.data_ptr(), count, rows
 
 
 def _at(*tensors: Tensor) -> tuple[int, ...]:

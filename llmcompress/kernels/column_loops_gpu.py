@@ -31,11 +31,8 @@ KERNELS = TritonKernels("column_loops_triton", _attempt, "the solver uses slower
 
 
 def takes(grid: Grid, *tensors: Tensor) -> bool:
-    """Whether these kernels take such tensors. A grid may be another thing of the same use, such as one of
-    levels for each row."""
-    fits = isinstance(grid, Grid) and all(
-        tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors
-    )
+    """Whether these kernels take such tensors. They take no grids of another kind, such as codebooks."""
+    fits = type(grid) is Grid and all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors)
     return fits and KERNELS.compiles(tensors[0].device)
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from llmcompress.architectures.auto_classes import auto_class, has_class, needs_own_code, own_auto_class_name
 from llmcompress.architectures.families import family_of
 from llmcompress.architectures.per_layer import mixed
+from llmcompress.architectures.unfilled import Unfilled
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.integrations.own_classes import own_config
 from llmcompress.io import own_code
@@ -181,7 +182,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Errors: ModelError if transformers can't build a model of the config.
     """
     try:
-        with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        with init_empty_weights(include_buffers=False), _LargeOnMeta(), Unfilled():
             model: PreTrainedModel = auto_class(config).from_config(defaults(config), dtype=dtype).eval()
     except CompressError:
         raise

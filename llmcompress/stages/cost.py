@@ -25,7 +25,7 @@ ON_HIDDEN, ON_QUERIES, ON_FFN, CALLS = 14, 8, 3, 200
 # once, and the solved one again through what comes before the last linear of the feed-forward part
 IN_TURN = 2.4
 PASSES, MOMENTS, FACTORS, SOLVER = "forward passes", "second moments", "factorisations", "solver"
-TRAINING = "training"
+TRAINING, ERRORS = "training", "measured errors"
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,7 @@ class Machine:
             assert factors.ordered  # computed before the solver is timed
             return lambda: scheme.solve(W_RC, factors, scheme.static_scale(1.0))
 
-        seconds = self._timed(("solver", R, C, scheme), made)
-        return max(0.0, seconds - scheme.factorisations * self.factor(C))
+        return self._timed(("solver", R, C, scheme), made)
 
     def nearest(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
         """Seconds to round a weight [R, C] = `shape` to nearest and to read it back."""

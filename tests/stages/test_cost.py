@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.stages.cost import MOMENTS, PASSES, Time, Workload, summed
-from llmcompress.stages.machine import machine_of
+from llmcompress.stages.codebook.stage import Codebook
+from llmcompress.stages.cost import MOMENTS, PASSES, SOLVER, Time, Workload, summed
+from llmcompress.stages.machine import ROWS, Machine, Run, machine_of
+from llmcompress.stages.quantize.stage import Quantize
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")
@@ -47,3 +50,18 @@ def test_a_batch_is_as_many_sequences_as_go_through_a_layer_at_once() -> None:
     assert given.batch == 2048
     assert replace(given, tokens=640).batch == 640
     assert replace(given, length=3000, tokens=9000).batch == 3000
+
+
+class OnlySolvers(Machine):
+    """A machine on which a solver takes a second, and nothing else takes any time."""
+
+    def _timed(self, key: Hashable, made: Callable[[], Run]) -> float:
+        return float(isinstance(key, tuple) and key[0] == "solver")
+
+
+def test_codebooks_are_foretold_alike_as_a_stage_and_as_a_format_by_the_time_of_their_solver() -> None:
+    model = MetaModel(pico("llama").config, CPU, torch.float32)
+    given = replace(work(), model=model, machine=OnlySolvers(CPU))
+    linears = sum(shape[0] / min(shape[0], ROWS) for name, shape in model.linear_maps() if "layers" in name)
+    for stage in (Codebook(entries=8), Quantize(format="codebook", entries=8)):
+        assert stage.estimate(model, model, given).time.parts[SOLVER] == pytest.approx(linears)

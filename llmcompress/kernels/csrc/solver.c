@@ -2,7 +2,8 @@
 
    Grids have at most sixteen levels, in ascending order, or are even: -largest / largest, ..., -1 / largest, 0 and so on to 1.
    The level nearest to x is the one whose index is the number of midpoints below x, as torch.bucketize has it: with AVX-512
-   by a binary search in registers, else by comparing x with each. On an even grid it is found by rounding.
+   by a binary search in registers, else by comparing x with each. On an even grid it is found by rounding. Codebooks are grids
+   of which each serves some adjacent rows, one row at least.
    Matrices of the column loops are transposed, [C, R], so that a column is contiguous and its rows are done at once. Threads
    divide the rows. R rows (outputs), C columns (inputs), G groups of columns with one scale. */
 
@@ -18,6 +19,10 @@
 
 #define MOST 16 /* levels */
 #define ROWS 64 /* of a column at a time, so that a block of 64 such columns stays in the first cache */
+
+#define SIDE 16 /* rows of a column that are compared at once */
+typedef float Side __attribute__((vector_size(SIDE * 4), aligned(4)));
+typedef int32_t Sides __attribute__((vector_size(SIDE * 4), aligned(4)));
 
 typedef struct {
     float level[MOST], middle[MOST];
@@ -124,6 +129,59 @@ static inline __attribute__((always_inline)) void round_column(const Grid *grid,
     }
 }
 
+/* Grids of `entries` levels, a power of two, each for `shared` adjacent rows; none are shared by 0. */
+typedef struct {
+    const float *levels, *middles; /* [G, entries], [G, entries - 1] */
+    int entries;
+    long shared;
+} Codebooks;
+
+/* The grids of ROWS rows, level by level. */
+typedef struct {
+    float level[MOST][ROWS], middle[MOST][ROWS];
+    int32_t first[ROWS]; /* index of a row's first level in the table of all */
+    long book[ROWS];
+} Shelf;
+
+static void take(Shelf *shelf, const Codebooks *books, long start, long some) {
+    if (!books->shared) return;
+    for (long r = 0; r < ROWS; r++) {
+        const long book = (start + (r < some ? r : 0)) / books->shared;
+        shelf->book[r] = book, shelf->first[r] = (int32_t)(book * books->entries);
+        for (int l = 0; l < books->entries && books->entries <= MOST; l++) {
+            shelf->level[l][r] = books->levels[book * books->entries + l];
+            if (l < books->entries - 1) shelf->middle[l][r] = books->middles[book * (books->entries - 1) + l];
+        }
+    }
+}
+
+/* As `round_column`, each row on its own grid. */
+static inline void round_shelf(const Shelf *shelf, const Codebooks *books, const float *x, const float *scale, long some,
+                               int64_t *index, float *q) {
+    float value[ROWS] = {0};
+    for (long r = 0; r < some; r++) value[r] = x[r] / scale[r];
+    if (books->entries > MOST) {
+        for (long r = 0; r < some; r++) {
+            const float *middle = books->middles + shelf->book[r] * (books->entries - 1);
+            int found = 0;
+            for (int half = books->entries / 2; half; half /= 2) found += value[r] > middle[found + half - 1] ? half : 0;
+            index[r] = shelf->first[r] + found, q[r] = books->levels[index[r]] * scale[r];
+        }
+        return;
+    }
+    for (long r = 0; r < some; r += SIDE) {
+        const Side x = *(const Side *)(value + r);
+        Sides found = *(const Sides *)(shelf->first + r), level = *(const Sides *)(shelf->level[0] + r);
+        for (int l = 0; l < books->entries - 1; l++) {
+            const Sides above = x > *(const Side *)(shelf->middle[l] + r);
+            found -= above;
+            level = (above & *(const Sides *)(shelf->level[l + 1] + r)) | (~above & level);
+        }
+        const Side nearest = (Side)level;
+        for (long i = 0; i < SIDE && r + i < some; i++) index[r + i] = found[i], q[r + i] = nearest[i] * scale[r + i];
+    }
+}
+
 /* Scales [R, G] with the least error weighted by h [C], among `ratios` times the largest magnitude of each group. */
 void solver_search(const float *weight, const float *h, const float *levels, const float *middles, int count,
                    const float *ratios, int tried, long rows, long columns, long size, float *scales, int threads) {
@@ -155,18 +213,23 @@ static inline void push(float *near, const float *by, const float *step, long fr
 }
 
 /* A block of GPTQ: near [width, R] are its columns, which are used up; U [width, ld] the rows of the factor, from the
-   block's own columns on. Leaves the indices and the errors over the diagonal of U, both [width, R]. */
+   block's own columns on. There is one grid of `count` levels if `shared` is 0; else each grid serves so many rows, and
+   indices count through the levels of all. Leaves the indices and the errors over the diagonal of U, both [width, R]. */
 void solver_round(float *near, const float *U, long ld, const float *scale, const float *levels, const float *middles,
-                 int count, long width, long rows, int64_t *index, float *errors, int threads) {
+                  int count, long shared, long width, long rows, int64_t *index, float *errors, int threads) {
     const Grid grid = grid_of(levels, middles, count);
+    const Codebooks books = {levels, middles, count, shared};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long start = 0; start < rows; start += ROWS) {
         const long some = rows - start < ROWS ? rows - start : ROWS;
+        Shelf shelf;
         float q[ROWS];
+        take(&shelf, &books, start, some);
         for (long c = 0; c < width; c++) {
             const long at = c * rows + start;
             const float diagonal = U[c * ld + c];
-            round_column(&grid, near + at, scale + at, some, index + at, q);
+            if (shared) round_shelf(&shelf, &books, near + at, scale + at, some, index + at, q);
+            else round_column(&grid, near + at, scale + at, some, index + at, q);
             for (long r = 0; r < some; r++) errors[at + r] = (near[at + r] - q[r]) / diagonal;
             push(near + start, U + c * ld, errors + at, c + 1, width, rows, some);
         }
@@ -174,21 +237,26 @@ void solver_round(float *near, const float *U, long ld, const float *scale, cons
 }
 
 /* A block of coordinate descent: near [width, R] is minus half the gradient of its columns, Q [width, R] their weights;
-   H [width, ld] the rows of the second moments, from the block's own columns on. Leaves the new indices and what the
-   weights change by, both [width, R]. */
+   H [width, ld] the rows of the second moments, from the block's own columns on; grids as above. Leaves the new indices
+   and what the weights change by, both [width, R]. */
 void solver_move(float *near, const float *H, long ld, const float *Q, const float *scale, const float *levels,
-                    const float *middles, int count, long width, long rows, int64_t *index, float *moved, int threads) {
+                 const float *middles, int count, long shared, long width, long rows, int64_t *index, float *moved,
+                 int threads) {
     const Grid grid = grid_of(levels, middles, count);
+    const Codebooks books = {levels, middles, count, shared};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long start = 0; start < rows; start += ROWS) {
         const long some = rows - start < ROWS ? rows - start : ROWS;
+        Shelf shelf;
         float q[ROWS], x[ROWS];
+        take(&shelf, &books, start, some);
         for (long c = 0; c < width; c++) {
             const long at = c * rows + start;
             const float curvature = H[c * ld + c];
             if (curvature > 0) {
                 for (long r = 0; r < some; r++) x[r] = Q[at + r] + near[at + r] / curvature;
-                round_column(&grid, x, scale + at, some, index + at, q);
+                if (shared) round_shelf(&shelf, &books, x, scale + at, some, index + at, q);
+                else round_column(&grid, x, scale + at, some, index + at, q);
                 for (long r = 0; r < some; r++) moved[at + r] = q[r] - Q[at + r];
                 push(near + start, H + c * ld, moved + at, c + 1, width, rows, some);
             } else

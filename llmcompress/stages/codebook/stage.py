@@ -26,8 +26,8 @@ from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.stages.base import Context, Estimate, Facts, StageResult, Workload
-from llmcompress.stages.cost import IN_TURN
+from llmcompress.stages.base import Context, Estimate, Facts, StageResult, Time, Workload
+from llmcompress.stages.cost import ERRORS, FACTORS, IN_TURN, SOLVER
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable, rewriting_memory, rewriting_note
 from llmcompress.stages.routed_experts import ExpertStage, replaced_parameters
 
@@ -137,10 +137,13 @@ class Codebook(ExpertStage):
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         bits = {name: model.bits_of(name) - chosen[name].bits(shapes[name]) for name in shapes}
         saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
-        time = work.passes(IN_TURN, half=work.half) + work.moments(2, half=work.half) + work.factors(2)
-        time += work.routed(2, half=work.half, factors=2)
-        # the corrected weight, the rounds of codes and levels, the error
-        time += work.products(14, shapes.values())
+        time = work.passes(IN_TURN, half=work.half) + work.moments(2, half=work.half)
+        time += work.routed(2, half=work.half)
+        time += Time({FACTORS: sum(work.machine.factor(C) for _, C in shapes.values())})
+        solvers = (work.machine.solver(shapes[name], CodebookScheme(chosen[name])) for name in shapes)
+        time += Time({SOLVER: sum(solvers)})
+        time += work.products(3, shapes.values())  # the corrected weight
+        time += work.products(2, shapes.values(), what=ERRORS)
         return Estimate(
             stage=f"codebook ({self.entries} entries)",
             parameters=left.parameters(),

@@ -14,7 +14,7 @@ from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages import fisher
 from llmcompress.stages.base import Estimate, Time, Workload
-from llmcompress.stages.cost import FACTORS, IN_TURN, SOLVER, TRAINING
+from llmcompress.stages.cost import ERRORS, IN_TURN, SOLVER, TRAINING
 from llmcompress.stages.quantize import sensitivity, smoothing
 from llmcompress.stages.quantize.embedding import apart
 from llmcompress.stages.quantize.sensitivity import spared
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
 READS = 2  # how often an input is rounded: as it is read for the next linears, and on the way out
-INPUTS, ERRORS, SEARCH = "rounded inputs", "measured errors", "searches before the rounding"
+INPUTS, SEARCH = "rounded inputs", "searches before the rounding"
 # the shape [R, C] and scheme of each linear, and the share of the tokens that it reads
 Schemes = Sequence[tuple[tuple[int, int], QuantScheme, float]]
 
@@ -105,7 +105,6 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
     time += work.routed(2, half=half, factors=1)
-    time += Time({FACTORS: sum(scheme.factorisations * machine.factor(C) for (_, C), scheme, _ in schemes)})
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
     learning = [(shape, scheme) for shape, scheme, _ in schemes if isinstance(scheme, GridScheme)]
