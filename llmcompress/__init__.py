@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llmcompress.pipeline.compare import compare as compare
     from llmcompress.pipeline.evaluate import Evaluation as Evaluation
     from llmcompress.pipeline.evaluate import evaluate as evaluate
+    from llmcompress.pipeline.export import Exported as Exported
+    from llmcompress.pipeline.export import export as export
     from llmcompress.pipeline.plan import Plan as Plan
     from llmcompress.pipeline.push import push as push
     from llmcompress.pipeline.reproduce import Reproduction as Reproduction
@@ -58,6 +60,7 @@ _PUBLIC = {
     **dict.fromkeys(("Advised", "advise"), "pipeline.advise"),
     **dict.fromkeys(("compress", "plan"), "pipeline.api"),
     **dict.fromkeys(("Evaluation", "evaluate"), "pipeline.evaluate"),
+    **dict.fromkeys(("Exported", "export"), "pipeline.export"),
     **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),
     **dict.fromkeys(("Searched", "search"), "pipeline.search"),
     **dict.fromkeys(("Accept", "Recipe"), "recipe.recipe"),

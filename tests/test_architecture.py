@@ -31,6 +31,7 @@ ROOMS = {
     "integrations": "the borders to transformers, bitsandbytes, PEFT and several processes",
     "derivation": "the anatomy of a model whose family is not in the table, derived and proved",
     "modeling": "a model, one decoder layer at a time: in memory, on disk, or as shapes alone",
+    "exports": "artefacts repacked for other engines: what each target takes, and how it writes it",
     "stages": "what changes weights: one folder a stage, which imports no other stage's folder",
     "recipe": "recipes: YAML, schema, digest, and which stages may follow which",
     "frontier": "the best model within a size: what each format costs each linear, and the choice",

@@ -330,6 +330,26 @@ def push(
 
 
 @app.command()
+def export(
+    folder: options.Artefact,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="TARGET", help="Layout to write.", show_default=False),
+    ],
+    out_: options.Out = Path("exported"),
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Repack a finished run for another engine, from its codes as they are: nothing is quantised again."""
+    from llmcompress.pipeline.export import export as repack
+    from llmcompress.report.console import print_exported
+
+    made = repack(folder, to, out_, overwrite=overwrite, trust_remote_code=trust_remote_code).facts
+    print_exported(made.target, (made.artefact_bytes, made.size_bytes), made.kinds, made.notes, out)
+    out.print(f"The export lies in {out_}.", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def reproduce(
     name: Annotated[
         str,

@@ -73,7 +73,10 @@ class Writer:
         size_bytes: int,
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
+        mark: str = CONFIG,
     ) -> None:
+        """`mark` is the file that a folder holds which `overwrite` may replace."""
+        self._mark = mark
         self.partial, self.out = partial_folder(out), resolved(out)
         self.base, self.overwrite = Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
@@ -155,9 +158,10 @@ class Writer:
             raise OutputError(
                 f"{argument('out')} {self.out} exists; choose another {other} or pass {replace}"
             )
-        if not (out / "config.json").is_file():
+        if not (out / self._mark).is_file():
+            kind = "a model" if self._mark == CONFIG else f"a result with {self._mark}"
             raise OutputError(
-                f"{argument('out')} {self.out} holds other things than a model, which stay as they are; "
+                f"{argument('out')} {self.out} holds other things than {kind}, which stay as they are; "
                 f"choose another {argument('out')}"
             )
 

@@ -226,6 +226,20 @@ def print_reproduction(
         console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
 
 
+def print_exported(
+    target: str, sizes: tuple[int, int], kinds: Mapping[str, int], notes: Iterable[str], console: Console
+) -> None:
+    """Print what an export wrote: `sizes` are the bytes of the artefact and of the export, `kinds` how many
+    matrices became what."""
+    before, after = (amount(size, "B") for size in sizes)
+    console.print(Text(f"{target}: {before} -> {after}", style="bold"))
+    _print(
+        console, "matrices", ("written as", "number"), [(kind, str(count)) for kind, count in kinds.items()]
+    )
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
 def print_comparison(rows: Sequence["ComparedRow"], console: Console) -> None:
     """Print several artefacts side by side by number, and which of them another one beats. On a narrow
     terminal, what is words stands below the table."""

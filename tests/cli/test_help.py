@@ -18,8 +18,8 @@ SHARED = {
     "--effort": {"run", "plan", "search"},
     "--time": {"run", "plan", "advise"},
     "--device": {"run", "plan", "search", "evaluate", "reproduce"},
-    "--out": {"run", "search", "reproduce"},
-    "--overwrite": {"run", "reproduce"},
+    "--out": {"run", "search", "reproduce", "export"},
+    "--overwrite": {"run", "reproduce", "export"},
 }
 HELP = """
 import sys
@@ -44,7 +44,7 @@ def options_of(command: str) -> dict[str, tuple[str, str]]:
 
 
 def test_there_are_these_commands() -> None:
-    known = {"run", "plan", "evaluate", "report", "push", "reproduce"}
+    known = {"run", "plan", "evaluate", "report", "push", "reproduce", "export"}
     known |= {"advise", "search", "compare", "recipes", "families", "doctor", "schema"}
     assert COMMANDS.keys() == known
 

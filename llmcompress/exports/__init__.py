@@ -1,0 +1,1 @@
+"""Artefacts repacked for other engines."""
