@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from llmcompress.errors import CompressError, argument
+from llmcompress.exports import gguf_target
 from llmcompress.exports.target import Target
 
-TARGETS: dict[str, Target] = {}
+TARGETS: dict[str, Target] = {target.name: target for target in (gguf_target.TARGET,)}
 
 
 def target_of(name: str) -> Target:
