@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
+from llmcompress.formats.base import DTYPES
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.quantization_config import CompressedConfig, read_config
 from llmcompress.formats.registry import AnyLayout, StoredWeight
@@ -81,6 +82,7 @@ class Artefact:
         tied = config.tie_word_embeddings
         if tied and has_own_head(self.checkpoint, self.sources, self.model):
             self.model.untie()
+            self.config = self.config | {"tie_word_embeddings": False}
         elif tied:
             self.sources.pop(f"{self.model.anatomy.head}.weight", None)
 
@@ -151,6 +153,11 @@ class Artefact:
             found: torch.dtype = getattr(torch, str(said).removeprefix("torch."))
             return found
         return self.model.weight_dtype
+
+    def dense_dtype(self, matrix: Matrix) -> torch.dtype:
+        """The dtype of a matrix once it is written as plain numbers: that of its values, or of the model."""
+        layout = matrix.layout
+        return DTYPES[layout.dtype] if isinstance(layout, SparseLayout) else self.dtype
 
     def stored(self, matrix: Matrix) -> StoredWeight:
         """Read the codes of a matrix. Errors: ModelError if they are damaged."""

@@ -72,23 +72,26 @@ def facts_of(
     )
 
 
-def card(facts: ExportFacts, target: Target, report: Report | None, inherited: Mapping[str, Any]) -> str:
-    """Return the text of README.md; `inherited` is the card data of the artefact (may be empty)."""
+def card(
+    facts: ExportFacts, target: Target, report: Report | None, inherited: Mapping[str, Any], name: str
+) -> str:
+    """Return the text of README.md; `inherited` is the card data of the artefact (may be empty), `name` the
+    folder of the export."""
     front: dict[str, Any] = {key: inherited[key] for key in INHERITED if key in inherited}
     if facts.revision is not None:
         front |= {"base_model": facts.base, "base_model_relation": "quantized"}
     front |= {"pipeline_tag": "text-generation", "tags": ["llmcompress", target.name]}
     head = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
-    return head + "\n\n".join(part for part in _parts(facts, target, report) if part) + "\n"
+    return head + "\n\n".join(part for part in _parts(facts, target, report, short_name(name)) if part) + "\n"
 
 
-def _parts(facts: ExportFacts, target: Target, report: Report | None) -> list[str]:
+def _parts(facts: ExportFacts, target: Target, report: Report | None, name: str) -> list[str]:
     revision = f" at revision `{facts.revision}`" if facts.revision else ""
     of = f", which llmcompress made of `{facts.base}`{revision}" if facts.base else ""
     rows = "\n".join(f"| {kind} | {count} |" for kind, count in facts.kinds.items())
-    code = target.loading.format(name=facts.artefact)
+    code = target.loading.format(name=name)
     return [
-        f"# {facts.artefact}, for {target.name}",
+        f"# {name}",
         f"The artefact `{facts.artefact}` of llmcompress{of}, repacked for {target.loads_with}. Its codes "
         f"are those of the artefact: nothing was quantised again. {amount(facts.artefact_bytes, 'B')} of "
         f"weights became {amount(facts.size_bytes, 'B')}.",

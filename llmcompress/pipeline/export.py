@@ -90,7 +90,9 @@ def _write(artefact: Artefact, target: Target, out: Path, overwrite: bool) -> Ex
             if readme.is_file() and is_inside(readme, place)
             else {}
         )
-        published = writer.publish({FILE: facts.to_json(), CARD: card(facts, target, report, inherited)})
+        published = writer.publish(
+            {FILE: facts.to_json(), CARD: card(facts, target, report, inherited, out.name)}
+        )
     return Exported(published, facts)
 
 

@@ -22,6 +22,7 @@ def grouped(group_size: int = 32) -> IntegerLayout:
 
 def rounded(W_RC: Tensor, layout: IntegerLayout) -> IntegerWeight:
     """The weight rounded to nearest, with multipliers that differ from group to group."""
+    W_RC = W_RC.float()
     R, C = W_RC.shape
     static = torch.tensor(0.02) if layout.activations == "static" else None
     if layout.group_size is None:
@@ -41,10 +42,12 @@ def written(
     layout: IntegerLayout,
     family: str = "llama",
     damage: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
     """A pico model with every linear but the head in a layout. `damage` changes the scales of one linear."""
-    model = pico(family, **{"vocab_size": VOCABULARY, **config})
+    model = pico(family, **{"vocab_size": VOCABULARY, **config}).to(dtype)
+    model.config.dtype = dtype
     write_in(folder, model, layout, lambda W_RC: rounded(W_RC, layout))
     byte_tokenizer().save_pretrained(folder)
     if damage is not None:

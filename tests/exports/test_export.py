@@ -77,7 +77,7 @@ def test_an_export_appears_whole_with_a_card_and_what_was_converted(artefact: Pa
     assert facts["converted"]["model.layers.0.mlp.up_proj"] == "float32"
     assert facts["size_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     card = (tmp_path / "out" / "README.md").read_text()
-    assert 'from_pretrained("small")' in card and "It is larger." in card
+    assert 'from_pretrained("out")' in card and "It is larger." in card
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
