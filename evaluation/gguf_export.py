@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -115,8 +116,6 @@ def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, float]:
         *(str(out / name) for name in ("model.gguf", "tokens.json", "found.npy")),
     ]
     subprocess.run([*command, str(threads)], check=True)
-    import numpy as np
-
     theirs = torch.from_numpy(np.load(out / "found.npy")).double().log_softmax(-1)
     register()
     loaded = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()

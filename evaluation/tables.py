@@ -855,9 +855,9 @@ SECTIONS = (
     Section(
         "llama.cpp",
         "Linears in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's own quantiser without an "
-        "importance matrix, each measured against the base in transformers; and ours exported to GGUF and run "
-        "by llama.cpp on 512 tokens, against the same in transformers. llama.cpp rounds what such linears read "
-        "to 8 bits in groups of 32, which is in that number: `python -m evaluation gguf`.",
+        "importance matrix, each measured against the base in transformers. Ours are also run by llama.cpp "
+        "on 512 tokens, against the same in transformers; llama.cpp rounds what such linears "
+        "read to 8 bits in groups of 32, which is in that number: `python -m evaluation gguf`.",
         gguf,
     ),
     Section(

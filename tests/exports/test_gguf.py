@@ -524,7 +524,6 @@ def test_llama_cpp_says_of_text_what_transformers_does(name: str, format: str, t
     text = next(iter(sorted((SHARED / "data").rglob("*.txt")))).read_text()[:4000]
     tokens = torch.tensor(tokenizer(text).input_ids[:512]).reshape(4, 128)
     theirs, split = in_llama_cpp(tmp_path / "out-gguf", tokens, TEXTS)
-    with torch.no_grad():
-        ours = cast(Any, load(tmp_path / "out")).float()(tokens).logits
-    assert divergence(ours, theirs) < 1e-3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert divergence(logits(cast(PreTrainedModel, model.eval()), tokens), theirs) < 1e-3
     assert split == [tokenizer(each).input_ids for each in TEXTS]
