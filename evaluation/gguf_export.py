@@ -1,6 +1,6 @@
 """Are our codes better than llama.cpp's own, and does llama.cpp compute what was measured?
 
-    python -m evaluation gguf [--models demo ...] [--threads 1]
+    python -m evaluation gguf [--models demo ...] [--formats q4_0 iq4_nl] [--threads 1]
 
 Each model is quantised in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's quantiser, without an
 importance matrix, and both are measured in the same way against the base. Each is exported to GGUF and run by
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def replace(folder: Path, base: str, format: str) -> None:
 
 
 @torch.no_grad()
-def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, float]:
+def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, Any]:
     """Export an artefact, run it in llama.cpp, and compare."""
     base, out = find_base(MODELS[model].base), folder.parent / f"{folder.name}-gguf"
     export(folder, "gguf", out, overwrite=True)
@@ -126,40 +127,48 @@ def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, float]:
 
 
 def rows_of(model: str, format: str, folder: Path, threads: int) -> Iterator[GgufRow]:
-    """Both ways to round a model in a format."""
-    subject = MODELS[model]
-    for way, rounding in (("llama.cpp", "nearest"), ("gptq", "gptq")):
-        out = folder / f"{model}-{format}-{rounding}"
-        told = Recipe.parse(f"stages: [quantize: {{format: {format}, rounding: {rounding}}}]")
-        report = run(told, out, subject.base, subject.data())
-        if way == "llama.cpp":
-            replace(out, subject.base, format)
-            scored = evaluate(out, against=subject.base, data=subject.data())
-            kl, perplexity = known(scored.kl_nats_mean), scored.perplexity
-        else:
-            kl, perplexity = known(report.fidelity.kl_nats_mean), known(report.compressed.perplexity)
-        row = GgufRow(
-            model=model,
-            format=format,
-            rounding=way,
-            kl_nats_mean=kl,
-            perplexity=perplexity,
-            base_perplexity=known(report.base.perplexity),
-            **in_llama_cpp(out, model, threads),
-        )
-        print(row, file=sys.stderr, flush=True)
-        yield row
+    """Both ways to round a model in a format. These models have no biases, which GPTQ here would correct."""
+    subject, out = MODELS[model], folder / f"{model}-{format}"
+    report = run(Recipe.parse(f"stages: [quantize: {{format: {format}}}]"), out, subject.base, subject.data())
+    base = known(report.base.perplexity)
+    ours = known(report.fidelity.kl_nats_mean), known(report.compressed.perplexity)
+    yield _row(model, format, "gptq", ours, base, in_llama_cpp(out, model, threads))
+    other = folder / f"{model}-{format}-theirs"
+    shutil.copytree(out, other)
+    replace(other, subject.base, format)
+    scored = evaluate(other, against=subject.base, data=subject.data())
+    theirs = known(scored.kl_nats_mean), scored.perplexity
+    yield _row(model, format, "llama.cpp", theirs, base, in_llama_cpp(other, model, threads))
+
+
+def _row(
+    model: str, format: str, rounding: str, lost: tuple[float, float], base: float, run: dict[str, Any]
+) -> GgufRow:
+    """A row, which is printed; `lost` are KL and perplexity."""
+    kl, perplexity = lost
+    row = GgufRow(
+        model=model,
+        format=format,
+        rounding=rounding,
+        kl_nats_mean=kl,
+        perplexity=perplexity,
+        base_perplexity=base,
+        **run,
+    )
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure every model in both formats, and write the result."""
     options = parser("gguf", __doc__)
     options.add_argument("--models", nargs="+", default=present(), choices=list(MODELS))
+    options.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     said = machine.parse(options, argv, threads=1)
     library()
     with tempfile.TemporaryDirectory() as folder:
         for model in said.models:
-            for format in FORMATS:
+            for format in said.formats:
                 for row in rows_of(model, format, Path(folder), said.threads):
                     merged = results.merge("gguf", ("model", "format", "rounding"), row)
                     results.write("gguf", machine.head(), {"rows": merged})

@@ -853,7 +853,7 @@ SECTIONS = (
         bos,
     ),
     Section(
-        "llama.cpp",
+        "GGUF",
         "Linears in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's own quantiser without an "
         "importance matrix, each measured against the base in transformers. Ours are also run by llama.cpp "
         "on 512 tokens, against the same in transformers; llama.cpp rounds what such linears "

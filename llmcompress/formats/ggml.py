@@ -91,7 +91,7 @@ class GgmlWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [R, C], computed in float32 and rounded once to `dtype`."""
-        return _weight(self.codes_RC, self.scale_RG, self.layout, dtype)
+        return _weight(pack(self.codes_RC, 4), self.scale_RG, self.layout, dtype)
 
 
 def storable(scale_RG: Tensor) -> Tensor:
@@ -113,11 +113,13 @@ def read(tensors: Mapping[str, Tensor], layout: GgmlLayout, rows: int, columns: 
     return GgmlWeight(unpack(tensors["weight"][0], columns, 4), tensors[SCALE], layout)
 
 
-def _weight(codes_RC: Tensor, scale_RG: Tensor, layout: GgmlLayout, dtype: torch.dtype) -> Tensor:
-    """The weight [R, C] of codes and scales."""
-    values = torch.tensor(GGML[layout.format], dtype=torch.float32, device=codes_RC.device)
-    W_RGS = values[codes_RC.int()].view(*scale_RG.shape, GROUP_SIZE)
-    return (W_RGS * scale_RG.float()[..., None]).flatten(1).to(dtype)
+def _weight(packed_RB: Tensor, scale_RG: Tensor, layout: GgmlLayout, dtype: torch.dtype) -> Tensor:
+    """The weight [R, C] of packed codes and scales. The two integers of a byte are looked up at once."""
+    values = torch.tensor(GGML[layout.format], dtype=torch.float32, device=packed_RB.device)
+    byte = torch.arange(256, device=packed_RB.device)
+    pairs = torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64)[:, 0]
+    found = pairs.index_select(0, packed_RB.flatten().int()).view(torch.float32)
+    return (found.view(*scale_RG.shape, GROUP_SIZE) * scale_RG.float()[..., None]).flatten(1).to(dtype)
 
 
 class GgmlLinear(StoredLinear):
@@ -127,6 +129,7 @@ class GgmlLinear(StoredLinear):
     """
 
     scheme: GgmlLayout
+    weight_group_scale: Tensor
 
     def prepare(self) -> None:
         """Check the stored tensors, which are all that the forward needs. Errors: ModelError if they are
@@ -140,8 +143,7 @@ class GgmlLinear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        codes_RC = unpack(self.weight[0], self.in_features, 4)
-        W_RC = _weight(codes_RC, getattr(self, SCALE), self.scheme, input.dtype)
+        W_RC = _weight(self.weight[0], self.weight_group_scale, self.scheme, input.dtype)
         return nn.functional.linear(input, W_RC, bias)
 
     def extra_repr(self) -> str:
