@@ -334,7 +334,9 @@ def export(
     folder: options.Artefact,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="TARGET", help="Layout to write.", show_default=False),
+        typer.Option(
+            "--to", metavar="TARGET", help="Layout to write: compressed-tensors (vLLM).", show_default=False
+        ),
     ],
     out_: options.Out = Path("exported"),
     overwrite: options.Overwrite = False,

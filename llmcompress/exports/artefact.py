@@ -189,8 +189,4 @@ class Artefact:
 
 def _name_of(layout: AnyLayout) -> str:
     """The name of a layout's format, as reports have it."""
-    if isinstance(layout, SparseLayout):
-        return layout.name
-    if isinstance(layout, FactoredLayout):
-        return "low rank" if layout.rank else "shared"
-    return str(layout.format)
+    return layout.name if isinstance(layout, SparseLayout | FactoredLayout) else str(layout.format)

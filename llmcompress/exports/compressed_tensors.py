@@ -15,7 +15,7 @@ scale
 in the
   lowest bits; `weight_scale` float32 [R, G], and `weight_shape` int64 [2].
 
-Its sparse layouts are gone in 0.20, so a sparse matrix is written with its zeros. Nothing in it says
+Its sparse layouts are gone in 0.20, and vLLM 0.33 refuses a config that names one. Nothing in it says
 codebooks, products of low rank or the tables of nf4.
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Scheme:
     """How compressed-tensors stores a linear: an entry of its `config_groups`. `group_size` None is one
     scale per row, `activations` None leaves inputs as they are."""
 
-    format: Literal["int-quantized", "pack-quantized"]
+    format: str  # PACKED or PLAIN
     bits: int
     group_size: int | None
     activations: tuple[int, bool] | None  # bits, and whether each token has its scale
@@ -188,8 +188,8 @@ class CompressedTensors:
 
 
 def schemes_of(artefact: Artefact) -> dict[str, Scheme]:
-    """The scheme of each linear that stays in integers, by full name; an embedding, a sparse and a shared
-    matrix become plain numbers."""
+    """The scheme of each linear that stays in integers, by full name; an embedding and a shared matrix become
+    plain numbers."""
     found = {name: _scheme(matrix, artefact) for name, matrix in artefact.matrices.items()}
     return {name: scheme for name, scheme in found.items() if scheme is not None}
 
@@ -249,7 +249,9 @@ def _refusal(matrix: Matrix, artefact: Artefact) -> str | None:
             )
     elif isinstance(layout, FactoredLayout) and layout.rank:
         return "compressed-tensors has no layout for a product of two matrices"
-    elif not matrix.native and not isinstance(layout, SparseLayout | FactoredLayout):
+    elif isinstance(layout, SparseLayout):
+        return "compressed-tensors has no sparse layout since 0.20, and vLLM no kernel for one"
+    elif not matrix.native and not isinstance(layout, FactoredLayout):
         return "compressed-tensors has no layout for a few values and their indices"
     return None
 
@@ -351,8 +353,6 @@ def _notes(artefact: Artefact, schemes: Mapping[str, Scheme]) -> Iterator[str]:
         head = " The head, tied to it, multiplies inputs that are not rounded." if artefact.tied_head else ""
         dtype = str(artefact.dtype).removeprefix("torch.")
         yield f"The int8 embedding became {dtype}, as loaders of other versions know no other.{head}"
-    if any(isinstance(matrix.layout, SparseLayout) for matrix in matrices.values()):
-        yield "Sparse matrices are written with their zeros: compressed-tensors 0.20 has no sparse layout."
     if any(matrix.tied or isinstance(matrix.layout, FactoredLayout) for matrix in matrices.values()):
         yield "Matrices that layers share are written once for each layer."
 

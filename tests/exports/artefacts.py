@@ -46,7 +46,8 @@ def written(
     **config: Any,
 ) -> Path:
     """A pico model with every linear but the head in a layout. `damage` changes the scales of one linear."""
-    model = pico(family, **{"vocab_size": VOCABULARY, **config}).to(dtype)
+    model: Any = pico(family, **{"vocab_size": VOCABULARY, **config})
+    model.to(dtype)
     model.config.dtype = dtype
     write_in(folder, model, layout, lambda W_RC: rounded(W_RC, layout))
     byte_tokenizer().save_pretrained(folder)

@@ -32,12 +32,12 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.pipeline.export import Exported, export
 from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import TOKENS, live, load
-from tests.bases import save_base, small_recipe, write_text
+from tests.bases import save_base, small_recipe, staged_recipe, write_text
 from tests.exports.artefacts import written
 
 UP = "model.layers.0.mlp.up_proj"
 # name -> layout, and what pico makes of it
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[IntegerLayout, dict[str, Any]]] = {
     "w8a8": (IntegerLayout("w8a8"), {}),
     "w8a8-static": (IntegerLayout("w8a8", "static"), {}),
     "w8a8-none": (IntegerLayout("w8a8", "none"), {}),
@@ -270,6 +270,37 @@ def test_several_schemes_each_name_their_linears(tmp_path: Path, text: Path) -> 
     assert UP in by_format["int-quantized"] and "Linear" not in by_format["int-quantized"]
 
 
+STAGES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "sparse": ([{"sparsify": {"pattern": "2:4"}}], {}),
+    "shared": ([{"share": {"pairs": [[0, 1]]}}, {"quantize": {"format": "w8a16"}}], {}),
+    "uneven": ([{"prune": {"axis": "ffn", "keep": [256, 192]}}, {"quantize": {"format": "w8a8"}}], {}),
+    "low rank": (
+        [
+            {"low_rank": {"rank": 8, "skip": ["*.self_attn.*", "*.gate_proj", "*.up_proj"]}},
+            {"quantize": {"format": "w8a8", "skip": ["*.down_proj"]}},
+        ],
+        {},
+    ),
+    "codebook": ([{"quantize": {"format": "codebook", "entries": 4}}], {}),
+    "experts": ([{"quantize": {"format": "w8a8"}}], {"family": "qwen3_moe"}),
+}
+
+
+def staged(tmp_path: Path, text: Path, name: str) -> Path:
+    stages, config = STAGES[name]
+    base = save_base(tmp_path / "base", **config)
+    run_recipe(staged_recipe(text, base, *stages, samples=8, length=24), tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_what_layers_share_is_written_for_each(tmp_path: Path, text: Path) -> None:
+    made, tensors = exported(staged(tmp_path, text, "shared"))
+    ups = [tensors[f"model.layers.{index}.mlp.up_proj.weight_packed"] for index in (0, 1)]
+    assert torch.equal(*ups)
+    assert any("once for each layer" in note for note in made.facts.notes)
+
+
 # 3. What is refused.
 
 
@@ -297,6 +328,24 @@ def test_a_plain_model_is_refused(tmp_path: Path) -> None:
 def test_a_conv1d_is_refused(tmp_path: Path) -> None:
     said = refusal(written(tmp_path / "small", IntegerLayout("w8a8"), "gpt2"))
     assert "transformer.h.0.attn.c_attn is w8a8: it is a Conv1D" in said
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("uneven", "its layers have widths of their own (per_layer_config)"),
+        (
+            "low rank",
+            "model.layers.0.mlp.down_proj is basis of rank 8: compressed-tensors has no layout for a",
+        ),
+        ("sparse", "model.layers.0.self_attn.q_proj is sparse 2:4: compressed-tensors has no sparse layout"),
+        ("codebook", "model.layers.0.self_attn.q_proj is codebook"),
+        ("experts", "the experts of model.layers.0.mlp.experts.down_proj are linears with names"),
+    ],
+)
+def test_what_has_no_layout_there_is_refused(name: str, why: str, tmp_path: Path, text: Path) -> None:
+    assert why in refusal(staged(tmp_path, text, name))
 
 
 @pytest.mark.usefixtures("short_runs")

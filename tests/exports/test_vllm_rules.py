@@ -131,8 +131,14 @@ def test_vllm_finds_each_scheme_of_a_mixture(tmp_path: Path, text: Path) -> None
     assert found["lm_head"] == "CompressedTensorsW8A8Int8"
 
 
+def test_vllm_finds_one_scale_for_the_inputs_of_what_it_fuses(tmp_path: Path, text: Path) -> None:
+    stage = {"quantize": {"format": "w8a8", "activations": "static"}}
+    made = export(run(tmp_path, text, stage), "compressed-tensors", tmp_path / "out")
+    assert {*load_compressed_tensors(made.folder).values()} == {"CompressedTensorsW8A8Int8", "plain"}
+
+
 def test_vllm_finds_the_shapes_of_a_pruned_export(tmp_path: Path, text: Path) -> None:
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"prune": {"axis": "ffn", "keep": 0.75}},
         {"quantize": {"format": "w4a16", "skip": ["*.down_proj"]}},
     ]

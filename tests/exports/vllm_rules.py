@@ -168,7 +168,7 @@ def load_bitsandbytes(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict
 def _states4(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """_quantized_4bit_generator and _parse_quant_state: the states of the weights, taken out of `tensors`."""
     beside = {name: tensors.pop(name) for name in [*tensors] if is_state(name)}
-    found, used = {}, set()
+    found, used = {}, set[str]()
     for name in tensors:
         if any(f"{name}.quant_state.bitsandbytes__{kind}" in beside for kind in ("nf4", "fp4")):
             # any key that contains the name of the weight and a dot is given to bitsandbytes
