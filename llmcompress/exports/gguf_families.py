@@ -149,7 +149,8 @@ def rope_factors(config: Any) -> Tensor | None:
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((old / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    divided: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return divided.float()
 
 
 def notes(config: Any) -> list[str]:

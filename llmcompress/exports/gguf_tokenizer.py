@@ -153,7 +153,7 @@ def _bytes(said: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, size: in
         -float(rank.get(token, len(rank))) if kind is Kind.NORMAL else 0.0
         for token, kind in zip(tokens, kinds, strict=True)
     ]
-    told = {"scores": scores, "space_first": _space_first(said)}
+    told: dict[str, Any] = {"scores": scores, "space_first": _space_first(said)}
     return Vocabulary("llama", "default", tokens, kinds, **told, **_common(tokenizer))
 
 

@@ -116,7 +116,7 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 def as_transformers(W: Tensor, heads: int) -> Tensor:
     """Rows of queries or keys in the order of transformers: those of llama.cpp pair adjacent channels."""
-    return W.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return W.reshape(heads, -1, 2, *W.shape[1:]).transpose(1, 2).reshape(W.shape)
 
 
 @torch.no_grad()
@@ -419,6 +419,12 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(said))
     with pytest.raises(ModelError, match=why):
         exported(folder)
+
+
+def test_compressed_tensors_sends_these_formats_here(tmp_path: Path) -> None:
+    folder = written(tmp_path / "small", GgmlLayout("q4_0"))
+    with pytest.raises(ModelError, match=r"it is a format of llama\.cpp; export it to gguf"):
+        export(folder, "compressed-tensors", tmp_path / "out")
 
 
 def test_layers_of_different_widths_are_refused(tmp_path: Path) -> None:
