@@ -7,7 +7,6 @@ llama.cpp wants them.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,23 +105,24 @@ class Gguf:
         from gguf import GGMLQuantizationType, GGUFWriter
 
         config, entries = artefact.model.text_config, [*self._entries(artefact)]
-        logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
         file, changed = writer.artifact / FILE, 0.0
         with writing(writer.out):
             made = GGUFWriter(file, _architecture(config))
-            _describe(made, artefact, entries)
-            vocabulary_of(artefact.folder, config.vocab_size).add_to(made)
-            for entry in entries:
-                raw = GGMLQuantizationType[entry.kind]
-                made.add_tensor_info(entry.name, entry.shape, _floats(), entry.size_bytes, raw)
-            made.write_header_to_file()
-            made.write_kv_data_to_file()
-            made.write_ti_data_to_file()
-            for entry in entries:
-                blocks = self._read(entry, artefact)
-                changed = max(changed, blocks.changed)
-                made.write_tensor_data(_array(blocks.data))
-            made.close()
+            try:
+                _describe(made, artefact, entries)
+                vocabulary_of(artefact.folder, config.vocab_size).add_to(made)
+                for entry in entries:
+                    raw = GGMLQuantizationType[entry.kind]
+                    made.add_tensor_info(entry.name, entry.shape, _floats(), entry.size_bytes, raw)
+                made.write_header_to_file()
+                made.write_kv_data_to_file()
+                made.write_ti_data_to_file()
+                for entry in entries:
+                    blocks = self._read(entry, artefact)
+                    changed = max(changed, blocks.changed)
+                    made.write_tensor_data(_array(blocks.data))
+            finally:
+                made.close()
             with file.open("rb") as opened:
                 sync(opened)
             for name, content in kept(artefact.folder).items():
