@@ -30,6 +30,9 @@ SCRIPTS = {
         "experts", "1 h", "experts of a mixture in every format, and what those with few tokens are given"
     ),
     "bos": Script("bos", "10 min", "calibration and evaluation with and without a BOS token"),
+    "gguf": Script(
+        "gguf_export", "30 min", "llama.cpp's 4-bit formats beside its own rounding, and run by llama.cpp"
+    ),
     "pruning": Script("pruning", "1 h", "scores, repair, axes and allocations of structured pruning"),
     "rivals-pruning": Script("rivals.pruners", "30 min", "Torch-Pruning at the same share of the parameters"),
     "healing": Script("healing", "1 h", "how much of a cut's loss distillation recovers, by loss function"),

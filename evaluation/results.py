@@ -226,6 +226,18 @@ class BosRow(Facts):
     top1_agreement: float
 
 
+class GgufRow(Loss):
+    """A model in a format of llama.cpp: what rounded it, and how far its logits in llama.cpp, on `tokens`
+    tokens, are from those in transformers."""
+
+    model: str
+    format: str
+    rounding: str
+    kl_llama_cpp: float
+    top1_llama_cpp: float
+    tokens: int
+
+
 class ExpertsRow(Loss):
     """A stage on a mixture, or a rival: `tokens` calibrated it, of which the expert with the fewest read
     `least_tokens`.

@@ -32,6 +32,7 @@ from evaluation.results import (
     Fidelity,
     FidelityRow,
     ForetoldRow,
+    GgufRow,
     GpuCompressionFailure,
     GpuCompressionRow,
     GpuRow,
@@ -290,6 +291,37 @@ def bos(results: Results) -> str:
     header = ["recipe", *(f"calibrated {words[one]}, evaluated {words[other]}" for one, other in cases)]
     names = dict.fromkeys(recipe for recipe, *_ in found)
     lines = [[name, *(f"{found[name, one, other]:.5f}" for one, other in cases)] for name in names]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def gguf(results: Results) -> str:
+    """llama.cpp's formats: what is lost by whose rounding, and what llama.cpp computes of it."""
+    if (result := results.load("gguf", Rows[GgufRow])) is None:
+        return ""
+    theirs = {(row.model, row.format): row for row in result.rows if row.rounding == "llama.cpp"}
+    header = ["model", "format", "KL of llama.cpp's codes, nats/token", "KL of ours", "ours / llama.cpp's"]
+    header += [
+        "perplexity of the base, of llama.cpp's, of ours",
+        "KL of llama.cpp from transformers",
+        "top-1",
+    ]
+    lines = []
+    for row in result.rows:
+        other = theirs.get((row.model, row.format))
+        if row.rounding != "llama.cpp" and other is not None:
+            perplexities = (row.base_perplexity, other.perplexity, row.perplexity)
+            lines.append(
+                [
+                    row.model,
+                    row.format,
+                    f"{other.kl_nats_mean:.5f}",
+                    f"{row.kl_nats_mean:.5f}",
+                    f"{row.kl_nats_mean / other.kl_nats_mean:.2f}",
+                    ", ".join(f"{each:.3f}" for each in perplexities),
+                    f"{row.kl_llama_cpp:.1e}",
+                    percent(row.top1_llama_cpp, 1),
+                ]
+            )
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
@@ -846,6 +878,14 @@ SECTIONS = (
         "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated "
         "with and without it: `python -m evaluation bos`.",
         bos,
+    ),
+    Section(
+        "GGUF",
+        "Linears in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's own quantiser without an "
+        "importance matrix, each measured against the base in transformers. Ours are also run by llama.cpp "
+        "on 512 tokens, against the same in transformers; llama.cpp rounds what such linears "
+        "read to 8 bits in groups of 32, which is in that number: `python -m evaluation gguf`.",
+        gguf,
     ),
     Section(
         "Import",

@@ -1,9 +1,10 @@
-"""The grids that weights are rounded to, as sorted levels: bitsandbytes' 4-bit tables, and integers.
+"""The grids that weights are rounded to, as sorted levels: tables of 4-bit formats, and integers.
 
 A code in a checkpoint is an index into bitsandbytes' own table, which for FP4 is not sorted and holds zero
 twice. Solvers need sorted, distinct levels, where the nearest one is a search and "one code up" has a
 meaning. `Grid` keeps both. Integers are levels from -1 to 1 too, so that a scale is the absolute maximum on
-every grid; their codes are the integers.
+every grid; their codes are the integers. Only llama.cpp's levels do not reach 1: they are its integers over a
+power of two, so that level times scale is exactly its integer times its own scale.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-GridFormat = Literal["nf4", "fp4", "int4", "int8"]
+GridFormat = Literal["nf4", "fp4", "int4", "int8", "q4_0", "iq4_nl"]
 LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the integer grids are symmetric
 
 # Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32
@@ -42,6 +43,13 @@ NF4 = (
 # 15 are negative.
 FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 
+
+# The integers that llama.cpp multiplies its scales by, in code order; those of IQ4_NL are its kvalues_iq4nl.
+GGML = {
+    "q4_0": tuple(range(-8, 8)),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}
+GGML_UNIT = {"q4_0": 8, "iq4_nl": 128}  # the integer of the level 1
 
 SEARCHED = 16  # a larger `largest` is rounded to, which takes a ninth of the time of a search
 
@@ -111,6 +119,10 @@ def grid(format: GridFormat) -> Grid:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
         levels = even_levels(LARGEST[format])
         return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes.to(torch.int8))
+    if format in GGML:
+        levels = torch.tensor(GGML[format], dtype=torch.float32) / GGML_UNIT[format]
+        codes = torch.arange(len(levels), dtype=torch.uint8)
+        return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes)
     table = torch.tensor(
         NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32
     )

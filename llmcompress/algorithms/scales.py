@@ -12,6 +12,8 @@ from torch import Tensor
 from llmcompress.algorithms.column_loops import PLAIN, ColumnLoops
 from llmcompress.algorithms.grids import Grid
 
+LEAST = 1e-6  # the scale of a group of zeros, where no level is zero
+
 
 def groups_of(W_RC: Tensor, group_size: int) -> Tensor:
     """Return W as [R, G, group_size]."""
@@ -38,11 +40,15 @@ def search_scales(
 
     It tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs. The
     first of equals is kept, so a group whose inputs are all zero keeps its absolute maximum. A group of zeros
-    gets scale 1.
+    gets scale 1, or `LEAST` on a grid without a level of zero.
     """
     ratios = (1.0, *torch.linspace(0.65, 1.15, steps).tolist())
     signs = (1, -1) if signed else (1,)
-    return loops.search(W_RC, h_C, grid, group_size, [ratio * sign for ratio in ratios for sign in signs])
+    found_RG = loops.search(W_RC, h_C, grid, group_size, [ratio * sign for ratio in ratios for sign in signs])
+    if bool((grid.levels == 0).any()):
+        return found_RG
+    zero_RG = groups_of(W_RC, group_size).abs().amax(-1) == 0
+    return torch.where(zero_RG, torch.full_like(found_RG, LEAST), found_RG)
 
 
 def fit_scales(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from llmcompress.exports.artefact import Artefact, Matrix
 from llmcompress.exports.target import Written
+from llmcompress.formats.ggml import GgmlLayout
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.sparse import SparseLayout
@@ -233,6 +234,8 @@ def _refusal(matrix: Matrix, artefact: Artefact) -> str | None:
                 else "use w4a16 instead"
             )
         )
+    if isinstance(layout, GgmlLayout):
+        return "it is a format of llama.cpp; export it to gguf"
     if isinstance(module, Conv1D):
         return f"it is a {type(module).__name__}, and compressed-tensors takes nn.Linear alone"
     if isinstance(layout, IntegerLayout):

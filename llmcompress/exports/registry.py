@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from llmcompress.errors import CompressError, argument
-from llmcompress.exports import compressed_tensors
+from llmcompress.exports import compressed_tensors, gguf_target
 from llmcompress.exports.target import Target
 
-TARGETS: dict[str, Target] = {target.name: target for target in (compressed_tensors.TARGET,)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (compressed_tensors.TARGET, gguf_target.TARGET)
+}
 
 
 def target_of(name: str) -> Target:

@@ -20,10 +20,19 @@ from llmcompress.algorithms.activation_quantization import (
     straight_through,
 )
 from llmcompress.errors import ModelError, first_line
-from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer_linear, low_rank, sparse
+from llmcompress.formats import (
+    bitsandbytes_layout,
+    codebook,
+    four_bit,
+    ggml,
+    integer_linear,
+    low_rank,
+    sparse,
+)
 from llmcompress.formats.base import Format, Inputs
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.ggml import GgmlLayout, GgmlWeight
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
@@ -31,17 +40,25 @@ from llmcompress.io.checkpoint import is_beside
 
 FORMATS: tuple[Format, ...] = (
     four_bit.FORMAT,
+    ggml.FORMAT,
     sparse.FORMAT,
     low_rank.FORMAT,
     codebook.FORMAT,
     integer_linear.FORMAT,
 )
 StoredWeight = (
-    bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+    bitsandbytes_layout.Packed
+    | GgmlWeight
+    | Int8Weight
+    | IntegerWeight
+    | SparseWeight
+    | FactoredWeight
+    | CodebookWeight
 )
 # layouts of linears that are not quantised
 RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout
-AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
+# of a linear in a model that needs our plug-in
+AnyLayout = IntegerLayout | FourBitLayout | GgmlLayout | RewrittenLayout
 NATIVE_MARKS = ("weight.absmax", "SCB")
 RENAMED = {"block": "group_size"}  # old names of scheme fields in config.json, from before 0.1
 

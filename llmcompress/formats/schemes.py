@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.codebook import solve_codebook, solve_nearest
-from llmcompress.algorithms.grids import Grid, grid
+from llmcompress.algorithms.grids import GGML_UNIT, Grid, grid
 from llmcompress.algorithms.hessian import Factors, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
@@ -25,6 +25,7 @@ from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.base import DTYPES, Inputs
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout, GgmlWeight, storable
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.kernels import codebook_loops, column_loops
 
@@ -364,6 +365,87 @@ class IntegerScheme(GridScheme):
 
 
 @dataclass(frozen=True)
+class GgmlScheme(GridScheme):
+    """llama.cpp's Q4_0 and IQ4_NL: 16 levels, and a float16 scale of either sign per group of 32 columns."""
+
+    layout: GgmlLayout
+    bits = 4 + 16 / GROUP_SIZE
+    row_bits = 0
+    input_largest = None
+    weight_largest = 7
+    signs = (True,)
+
+    @property
+    def format(self) -> str:
+        """The name in a recipe."""
+        return self.layout.format
+
+    @property
+    def grid(self) -> Grid:
+        """The levels, on the CPU."""
+        return grid(self.layout.format)
+
+    @property
+    def unit(self) -> int:
+        """A scale of the solver over llama.cpp's own, which is of integers."""
+        return GGML_UNIT[self.layout.format]
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """How many columns share a scale."""
+        return GROUP_SIZE
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Return why a linear [R, C] can't be stored in this format, or None."""
+        return self.layout.refusal(shape)
+
+    def snap(self, scale_RG: Tensor) -> Tensor:
+        """The scales as they will be read back from disk."""
+        return storable(scale_RG / self.unit).to(scale_RG.dtype) * self.unit
+
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
+        """Return the stored weight, from codes and scales that are not snapped yet."""
+        scale_RG = storable(result.scale_RG / self.unit).cpu()
+        return GgmlWeight(self.grid.codes_of(result.index_RC), scale_RG, self.layout)
+
+    def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
+        """As for any grid. Errors: Overflow for weights whose scales float16 does not hold."""
+        require_within(W_RC / self.unit, torch.float16, f"scales of {self.format}")
+        return super().solve(W_RC, factors, input_scale)
+
+    def inputs(self, input_scale: float | None = None) -> Inputs | None:
+        """How the kernel rounds the inputs of a linear: it does not round them."""
+        return None
+
+    def static_scale(self, top: float) -> float | None:
+        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
+        scale."""
+        return None
+
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
+        """Give the largest weight of a group the outermost level, and the others the nearest.
+
+        What is stored of q4_0 is what llama.cpp's reference stores: codes are taken before the scale is
+        rounded, and halves go up. Errors: Overflow for weights whose scales float16 does not hold.
+        """
+        require_within(W_RC / self.unit, torch.float16, f"scales of {self.format}")
+        W_RGS = groups_of(W_RC.float(), GROUP_SIZE)
+        top_RG1 = W_RGS.gather(-1, W_RGS.abs().argmax(-1, keepdim=True))
+        values = self.grid.levels.to(W_RC.device) * self.unit
+        scale_RG1 = top_RG1 / values[0]
+        half_RG1 = scale_RG1.to(torch.float16)
+        x_RGS = W_RGS * torch.where(half_RG1 == 0, 0.0, 1 / scale_RG1)
+        if self.format == "q4_0":
+            codes_RGS = (x_RGS + 8.5).floor().clamp(0, 15)
+        else:
+            codes_RGS = torch.bucketize(x_RGS, (values[1:] + values[:-1]) / 2, right=True)
+        return GgmlWeight(codes_RGS.flatten(1).to(torch.uint8).cpu(), half_RG1[..., 0].cpu(), self.layout)
+
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
+        """Read the weight back from its tensors on disk."""
+        return self.layout.read(parts, columns)
+
+
+@dataclass(frozen=True)
 class CodebookScheme:
     """Indices into a small codebook, whose levels are solved for with the indices. There are no scales."""
 
@@ -441,4 +523,4 @@ class CodebookScheme:
         return self.layout.read(parts, columns)
 
 
-QuantScheme = FourBitScheme | Int8Scheme | IntegerScheme | CodebookScheme
+QuantScheme = FourBitScheme | GgmlScheme | Int8Scheme | IntegerScheme | CodebookScheme

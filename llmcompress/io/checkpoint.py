@@ -32,7 +32,8 @@ INDEX = "model.safetensors.index.json"
 WRAPPED = ("language_model.", "model.language_model.")
 # last names of the factors of a weight that is a product, or that has a product added to it
 FACTORS = ("weight_left", "weight_right")
-PACKED = (".quant_map", "_multiplier", "_absmax")  # suffixes beside a weight whose bytes hold two codes each
+# suffixes beside a weight whose bytes hold two codes each
+PACKED = (".quant_map", "_multiplier", "_absmax", "_group_scale")
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 

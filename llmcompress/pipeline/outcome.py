@@ -19,7 +19,7 @@ from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
 from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, Int8Scheme, IntegerScheme
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GgmlScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.expert_linears import divided_in
 from llmcompress.io.checkpoint import by_module
@@ -205,7 +205,8 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
 def layout_of(how: LinearScheme) -> AnyLayout:
     """What config.json says of a linear in a model that needs the plug-in."""
     assert not isinstance(how, Int8Scheme), "LLM.int8 is never mixed with other formats"
-    return how.layout if isinstance(how, FourBitScheme | IntegerScheme | CodebookScheme) else how
+    own = FourBitScheme | GgmlScheme | IntegerScheme | CodebookScheme
+    return how.layout if isinstance(how, own) else how
 
 
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:

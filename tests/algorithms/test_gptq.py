@@ -20,7 +20,7 @@ from llmcompress.algorithms.grids import Grid, GridFormat, grid
 from llmcompress.algorithms.hessian import damped
 from llmcompress.algorithms.scales import search_scales, spread
 
-FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "q4_0", "iq4_nl")
 DAMP = 0.01
 
 

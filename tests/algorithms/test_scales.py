@@ -12,7 +12,7 @@ from llmcompress.algorithms.grids import GridFormat, grid
 from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
 from tests.algorithms.test_gptq import lost, nearest, problem
 
-FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "q4_0", "iq4_nl")
 
 
 def absmax(W_RC: Tensor, group_size: int) -> Tensor:
@@ -50,6 +50,15 @@ def test_blocks_and_spread_agree_on_which_columns_share_a_scale() -> None:
     W_RC, S_RG = torch.arange(24.0).reshape(2, 12), torch.tensor([[1.0, 10, 100], [2, 20, 200]])
     assert groups_of(W_RC, 4).shape == (2, 3, 4)
     assert torch.equal(groups_of(W_RC, 4) * S_RG[..., None], groups_of(W_RC * spread(S_RG, 4), 4))
+
+
+def test_a_group_of_zeros_gets_a_scale_next_to_zero_where_no_level_is_zero() -> None:
+    W_RC, h_C = some(3, 4, 64)
+    W_RC[1, :32], W_RC[2] = 0, 0
+    found = {format: search_scales(W_RC, h_C, grid(format), 32) for format in FORMATS}
+    zeros = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 0]]).bool()
+    assert (found["q4_0"][zeros] == 1).all() and (found["iq4_nl"][zeros] == 1e-6).all()
+    assert (found["iq4_nl"][~zeros].abs() > 1e-4).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)

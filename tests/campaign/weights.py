@@ -17,7 +17,7 @@ from tests.bases import save_base
 from tests.campaign.bench import Bench, Count, partial_of
 from tests.campaign.forked import run
 
-FORMATS = ("nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16")
+FORMATS = ("nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16", "q4_0", "iq4_nl")
 STAGES = (
     *(f"quantize: {{format: {name}, rounding: {how}}}" for name in FORMATS for how in ("nearest", "gptq")),
     *("quantize: {format: nf4, rounding: learned, steps: 4}", "quantize: {format: nf4, smooth: {}}"),

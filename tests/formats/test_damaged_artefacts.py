@@ -23,11 +23,12 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout, integer_embedding, registry
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.ggml import GgmlLayout
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.formats.registry import AnyLayout, StoredWeight
-from llmcompress.formats.schemes import IntegerScheme
+from llmcompress.formats.schemes import GgmlScheme, IntegerScheme
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.checkpoint import Checkpoint
@@ -48,6 +49,8 @@ LAYOUTS: tuple[AnyLayout, ...] = (
     IntegerLayout("w4a16", "none", 64),
     FourBitLayout("nf4", 64),
     FourBitLayout("fp4", 32, double_quant=True),
+    GgmlLayout("q4_0"),
+    GgmlLayout("iq4_nl"),
     SparseLayout("2:4", "float32"),
     SparseLayout("unstructured", "float16", 0.5),
     FactoredLayout("shared"),
@@ -68,6 +71,8 @@ def made(W_RC: Tensor, layout: AnyLayout) -> StoredWeight:
         return bitsandbytes_layout.quantize_nearest(
             W_RC, layout.format, layout.group_size, layout.double_quant
         )
+    if isinstance(layout, GgmlLayout):
+        return GgmlScheme(layout).nearest(W_RC)
     if isinstance(layout, SparseLayout):
         return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
     if isinstance(layout, FactoredLayout):
@@ -200,6 +205,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "w4a4 static": {"quantize": {"format": "w4a4", "activations": "static"}},
     "w8a16": {"quantize": {"format": "w8a16"}},
     "w4a16": {"quantize": {"format": "w4a16", "rounding": "nearest"}},
+    "q4_0": {"quantize": {"format": "q4_0"}},
+    "iq4_nl": {"quantize": {"format": "iq4_nl"}},
     "mixed": {
         "quantize": {"format": "nf4", "double_quant": True, "overrides": {"*down_proj": {"format": "w4a8"}}}
     },

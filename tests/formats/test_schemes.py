@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import itertools
 
+import gguf
+import gguf.quants
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,15 +16,23 @@ from torch.nn import functional
 from llmcompress.algorithms.codebook import kmeans, solve_codebook
 from llmcompress.algorithms.hessian import Factors, Moments
 from llmcompress.algorithms.overflow import Overflow
-from llmcompress.algorithms.quantize_weight import RoundedWeight
+from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error
 from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.ggml import GgmlLayout, GgmlWeight
 from llmcompress.formats.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import linear, stock
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from llmcompress.formats.schemes import (
+    CodebookScheme,
+    FourBitScheme,
+    GgmlScheme,
+    Int8Scheme,
+    IntegerScheme,
+    QuantScheme,
+)
 from tests.models import noise
 
-GridScheme = FourBitScheme | Int8Scheme | IntegerScheme
+GridScheme = FourBitScheme | GgmlScheme | Int8Scheme | IntegerScheme
 CPU = torch.device("cpu")
 R, C = 64, 192
 FOUR_BIT: list[GridScheme] = [
@@ -35,12 +46,15 @@ INTEGER: list[GridScheme] = [
     for format, activations, layer in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
     if not format.startswith("w8") or layer == 64
 ]
-CODINGS: list[GridScheme] = [*FOUR_BIT, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
+GGML: list[GridScheme] = [GgmlScheme(GgmlLayout("q4_0")), GgmlScheme(GgmlLayout("iq4_nl"))]
+CODINGS: list[GridScheme] = [*FOUR_BIT, *GGML, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
 
 
 def name_of(coding: GridScheme) -> str:
     if isinstance(coding, FourBitScheme):
         return f"{coding.format}-{coding.group_size}{'-double' if coding.double_quant else ''}"
+    if isinstance(coding, GgmlScheme):
+        return coding.format
     return (
         f"int8-{coding.threshold}"
         if isinstance(coding, Int8Scheme)
@@ -86,7 +100,7 @@ def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: Gr
         # 4 bits: the one product in float32; integers: code * (scale / largest) in place of (code / largest)
         # * scale
         torch.testing.assert_close(
-            found.double(), expected, rtol=1e-7 if coding in FOUR_BIT else 3e-7, atol=1e-12
+            found.double(), expected, rtol=1e-7 if coding in (*FOUR_BIT, *GGML) else 3e-7, atol=1e-12
         )
     tensors, second = registry.tensors_of(written), registry.tensors_of(again)
     assert tensors.keys() == second.keys() and all(
@@ -108,12 +122,14 @@ def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: GridScheme)
 
 @every_coding
 def test_snapped_scales_are_near_those_asked_for(coding: GridScheme) -> None:
-    """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level; else
-    exactly."""
+    """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level;
+    float16: half a bit of eleven; else exactly."""
     scale_RG = drawn(coding).scale_RG
     error = (coding.snap(scale_RG) - scale_RG).abs()
     if isinstance(coding, FourBitScheme):
         bound_RG = torch.full_like(scale_RG, 0.02 if coding.double_quant else 0.0)
+    elif isinstance(coding, GgmlScheme):
+        bound_RG = scale_RG.abs() / 2**11
     else:
         share = 1 / 20 if isinstance(coding, IntegerScheme) and coding.scheme.group_size else 0.0
         bound_RG = (share + 1e-6) * scale_RG.amax(1, keepdim=True).expand_as(scale_RG)
@@ -226,7 +242,7 @@ def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
     ]
 
 
-@pytest.mark.parametrize("coding", [*FOUR_BIT, *INTEGER], ids=name_of)
+@pytest.mark.parametrize("coding", [*FOUR_BIT, *GGML, *INTEGER], ids=name_of)
 def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: GridScheme) -> None:
     assert coding.refusal((64, 192)) is None
     if isinstance(coding, IntegerScheme) and coding.scheme.group_size is None:
@@ -241,6 +257,88 @@ def test_rows_out_matter_to_the_four_bit_kernels_alone() -> None:
     for coding in CODINGS:
         assert (coding.refusal((48, 192)) is not None) == isinstance(coding, FourBitScheme)
     assert Int8Scheme(0.0).refusal((7, 13)) is None
+
+
+# llama.cpp's formats.
+
+
+def blocks(stored: GgmlWeight) -> np.ndarray:
+    """The bytes of a linear as llama.cpp has them: a float16 per group, then 16 bytes with its first
+    16 codes in the low halves."""
+    codes = stored.codes_RC.numpy().reshape(-1, 2, 16)
+    scale = stored.scale_RG.numpy().reshape(-1, 1).view(np.uint8)
+    return np.concatenate([scale, codes[:, 0] | codes[:, 1] << 4], axis=1).reshape(len(stored.codes_RC), -1)
+
+
+@pytest.mark.parametrize("coding", GGML, ids=name_of)
+def test_a_weight_is_what_the_gguf_package_reads_bit_for_bit(coding: GgmlScheme) -> None:
+    for stored in (coding.store(drawn(coding)), coding.nearest(noise(R, C))):
+        assert isinstance(stored, GgmlWeight)
+        kind = gguf.GGMLQuantizationType[coding.format.upper()]
+        assert torch.equal(
+            torch.from_numpy(gguf.quants.dequantize(blocks(stored), kind)), stored.dequantize()
+        )
+
+
+def test_nearest_codes_of_q4_0_are_those_of_llama_cpp_bit_for_bit() -> None:
+    W_RC = noise(R, 4096, seed=5)
+    W_RC[3, :64] = 0
+    W_RC[4, :32] = torch.arange(32) / 2 - 8  # halves
+    stored = GgmlScheme(GgmlLayout("q4_0")).nearest(W_RC)
+    assert isinstance(stored, GgmlWeight)
+    expected = gguf.quants.quantize(W_RC.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    assert np.array_equal(blocks(stored), expected)
+
+
+def test_nearest_codes_of_iq4_nl_are_nearest_and_the_largest_weight_is_on_the_outermost_level() -> None:
+    scheme, W_RC = GgmlScheme(GgmlLayout("iq4_nl")), noise(R, C)
+    W_RC[3, :64] = 0
+    stored = scheme.nearest(W_RC)
+    assert isinstance(stored, GgmlWeight)
+    groups = W_RC.reshape(-1, 32)
+    largest = groups.abs().argmax(1, keepdim=True)
+    codes = stored.codes_RC.reshape(-1, 32).gather(1, largest)
+    assert not codes[groups.any(1)].any()
+    scale_RC = stored.scale_RG.double().repeat_interleave(32, 1)
+    values = torch.tensor(gguf.quants.IQ4_NL.kvalues).double()
+    best_RC = (W_RC[..., None] - values * scale_RC[..., None]).abs().amin(-1)
+    found_RC = (stored.dequantize() - W_RC).abs().double()
+    # codes are taken before the scale is rounded
+    assert bool((found_RC <= best_RC + 127 * scale_RC.abs() / 2**10).all())
+    assert not stored.dequantize()[3, :64].any()
+
+
+@pytest.mark.parametrize("coding", GGML, ids=name_of)
+def test_scales_that_float16_does_not_hold_are_kept_finite_or_refused(coding: GgmlScheme) -> None:
+    scale_RG = torch.tensor([[1e-12, -1e-12, 1e9, -1e9]])
+    least, largest = 2.0**-24 * coding.unit, 65504.0 * coding.unit
+    assert coding.snap(scale_RG).tolist() == [[least, -least, largest, -largest]]
+    for act in (coding.nearest, lambda W_RC: coding.solve(W_RC, Factors(moments()))):
+        with pytest.raises(Overflow, match=f"scales of {coding.format}"):
+            act(noise(R, C) * 1e9)
+
+
+@pytest.mark.parametrize("coding", GGML, ids=name_of)
+def test_solved_groups_of_zeros_stay_next_to_zero(coding: GgmlScheme) -> None:
+    """IQ4_NL has no level of zero, so such a group needs a scale next to it."""
+    W_RC = noise(R, C)
+    W_RC[:4], W_RC[8:12, 64:96] = 0, 0
+    found = coding.solve(W_RC, Factors(moments())).weight(CPU)
+    assert float(found[:4].abs().max()) < 1e-4 * float(W_RC.abs().max())
+    other = W_RC.clone()
+    other[8:12, 64:96] = noise(4, 32)
+    rest = slice(12, None)
+    assert torch.equal(found[rest], coding.solve(other, Factors(moments())).weight(CPU)[rest])
+    assert float((found - W_RC).norm() / W_RC.norm()) < 0.12
+
+
+@pytest.mark.parametrize("coding", GGML, ids=name_of)
+def test_solved_codes_and_scales_lose_less_than_half_of_what_nearest_ones_do(coding: GgmlScheme) -> None:
+    W_RC, seen = noise(R, C), Moments(C, CPU)
+    seen.add(noise(500, C, seed=4) @ noise(C, C, seed=6) / 4)
+    solved = coding.solve(W_RC, Factors(seen)).weight(CPU)
+    nearest = registry.dequantize(coding.nearest(W_RC))
+    assert output_error(W_RC, solved, seen.H_CC) ** 2 < output_error(W_RC, nearest, seen.H_CC) ** 2 / 2
 
 
 # Codebooks, which have no scales.
@@ -278,7 +376,9 @@ def test_the_nearest_levels_of_a_codebook_are_those_of_k_means_on_the_weights_al
         wide.nearest(W_RC * 1e6)
 
 
-@pytest.mark.parametrize("scheme", [*FOUR_BIT, *INTEGER, CodebookScheme(CodebookLayout(8, 1, "float16"))])
+@pytest.mark.parametrize(
+    "scheme", [*FOUR_BIT, *GGML, *INTEGER, CodebookScheme(CodebookLayout(8, 1, "float16"))]
+)
 def test_a_solution_is_made_again_from_the_parts_that_a_process_sends(scheme: QuantScheme) -> None:
     own = scheme.solve(noise(R, C), Factors(moments()), scheme.static_scale(3.0))
     other = scheme.received(own.parts(), C, scheme.static_scale(3.0))

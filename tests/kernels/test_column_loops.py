@@ -15,7 +15,7 @@ from llmcompress.algorithms.quantize_weight import output_error, solve
 from llmcompress.kernels import column_loops, compiled
 from tests.kernels.solver_problems import drawn, moments, same_rows
 
-FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "int4", "int8")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "int4", "int8", "q4_0", "iq4_nl")
 needs_kernel = pytest.mark.skipif(
     not column_loops.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",

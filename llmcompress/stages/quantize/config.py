@@ -16,10 +16,12 @@ from pydantic import Field, model_validator
 
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout
 from llmcompress.formats.integer import FORMATS, IntegerLayout
 from llmcompress.formats.schemes import (
     CodebookScheme,
     FourBitScheme,
+    GgmlScheme,
     Int8Scheme,
     IntegerScheme,
     QuantScheme,
@@ -34,10 +36,12 @@ class FormatConfig(Settings):
     retired: ClassVar[Mapping[str, str]] = {"block": "it is called group_size"}
     newer: ClassVar[frozenset[str]] = frozenset({"entries"})
 
-    format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16", "codebook"] = Field(
+    format: Literal[
+        "nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16", "q4_0", "iq4_nl", "codebook"
+    ] = Field(
         default="nf4",
         description="how linears are stored; `nf4`, `fp4` and `int8` load with transformers and "
-        "bitsandbytes, the others with `import llmcompress`",
+        "bitsandbytes, the others with `import llmcompress`; `q4_0` and `iq4_nl` are llama.cpp's",
     )
     group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         default=64, description="number of weights under one scale, in 4-bit formats"
@@ -64,10 +68,14 @@ class FormatConfig(Settings):
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> FormatConfig:
-        has = "no scales" if self.format == "codebook" else "one scale per row"
+        has = {
+            "codebook": "no scales",
+            "q4_0": f"groups of {GROUP_SIZE} and no others",
+            "iq4_nl": f"groups of {GROUP_SIZE} and no others",
+        }.get(self.format, "one scale per row")
         belongs = {
             "group_size": (
-                self.format not in ("int8", "w8a8", "w8a16", "codebook"),
+                self.has_group_size,
                 f"4-bit formats; {self.format} has {has}",
             ),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
@@ -85,12 +93,19 @@ class FormatConfig(Settings):
             )
         return self
 
+    @property
+    def has_group_size(self) -> bool:
+        """Whether `group_size` says anything about the format."""
+        return self.format not in ("int8", "w8a8", "w8a16", "q4_0", "iq4_nl", "codebook")
+
     def coding(self, dtype: torch.dtype) -> QuantScheme:
         """The scheme of a linear in a model stored in `dtype`."""
         if self.format == "nf4" or self.format == "fp4":
             return FourBitScheme(self.format, self.group_size, self.double_quant, dtype)
         if self.format == "int8":
             return Int8Scheme(self.threshold)
+        if self.format == "q4_0" or self.format == "iq4_nl":
+            return GgmlScheme(GgmlLayout(self.format))
         if self.format == "codebook":
             assert self.entries is not None
             kind = "bfloat16" if dtype is torch.bfloat16 else "float16"

@@ -22,6 +22,7 @@ from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import AXES, LINEARS, R2, SCALES
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
+from llmcompress.formats.integer import FORMATS
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import GridScheme, QuantScheme
 from llmcompress.integrations.distributed import By
@@ -235,7 +236,7 @@ class Quantize(FormatConfig, ExpertStage):
         """The bits per weight, and what else is spared or coded."""
         least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
         words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
-        if self.protect and (NATIVE.get(self.format) or self.format == "codebook"):
+        if self.protect and self.format not in FORMATS:
             words += f", {asked_percent(self.protect)} of the weights kept in their dtype"
         return words + (", embedding in 8 bits" if self.embedding == "int8" else "")
 
@@ -360,7 +361,7 @@ class Quantize(FormatConfig, ExpertStage):
         }
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
-        unsaid |= {"group_size"} if self.format in ("int8", "w8a8", "w8a16", "codebook") else set()
+        unsaid |= set() if self.has_group_size else {"group_size"}
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {
             "bits": mean_bits(bits, shapes)
         }

@@ -1,0 +1,175 @@
+"""Are our codes better than llama.cpp's own, and does llama.cpp compute what was measured?
+
+    python -m evaluation gguf [--models demo ...] [--formats q4_0 iq4_nl] [--threads 1]
+
+Each model is quantised in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's quantiser, without an
+importance matrix, and both are measured in the same way against the base. Each is exported to GGUF and run by
+llama.cpp on TOKENS tokens, whose logits are compared with those of the artefact in transformers. It needs
+`pip install llama-cpp-python gguf`. The result goes to results/gguf.json.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from evaluation import machine, results
+from evaluation.models import MODELS, present
+from evaluation.options import parser
+from evaluation.results import GgufRow
+from evaluation.runs import known, run
+from llmcompress.data.calibration import load_data
+from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout, GgmlWeight
+from llmcompress.integrations.registration import register
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.evaluate import evaluate
+from llmcompress.pipeline.export import export
+from llmcompress.pipeline.resolve import find_base
+from llmcompress.recipe.recipe import Recipe
+
+FORMATS = {"q4_0": 2, "iq4_nl": 20}  # their numbers in enum ggml_type
+TOKENS = 512
+RUNS = """
+import json, sys, numpy
+from llama_cpp import Llama
+file, tokens, out, threads = sys.argv[1:]
+tokens = json.load(open(tokens))
+llama = Llama(file, n_ctx=len(tokens[0]) + 1, logits_all=True, verbose=False, n_threads=int(threads))
+found = []
+for each in tokens:
+    llama.reset()
+    llama.eval(each)
+    found.append(numpy.array(llama.scores[: len(each)], dtype=numpy.float32))
+numpy.save(out, numpy.stack(found))
+"""
+
+
+def library() -> ctypes.CDLL:
+    """llama.cpp's library of tensors, as llama-cpp-python has it."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        sys.exit("pip install llama-cpp-python to run llama.cpp")
+    (file,) = (Path(spec.origin).parent / "lib").glob("libggml-base.so")
+    found = ctypes.CDLL(str(file))
+    size = ctypes.c_int64
+    found.ggml_quantize_chunk.argtypes = (
+        ctypes.c_int,
+        *2 * (ctypes.c_void_p,),
+        *3 * (size,),
+        ctypes.c_void_p,
+    )
+    found.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return found
+
+
+def by_llama_cpp(W_RC: Tensor, format: str) -> GgmlWeight:
+    """A weight as llama.cpp's own quantiser rounds it."""
+    (R, C), source = W_RC.shape, W_RC.float().contiguous()
+    blocks = torch.empty(R, C // GROUP_SIZE, 18, dtype=torch.uint8)
+    library().ggml_quantize_chunk(FORMATS[format], source.data_ptr(), blocks.data_ptr(), 0, R, C, None)
+    scale_RG = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    codes = torch.stack((blocks[..., 2:] & 15, blocks[..., 2:] >> 4), dim=2)
+    return GgmlWeight(codes.reshape(R, C), scale_RG.contiguous(), GgmlLayout(cast(Any, format)))
+
+
+def replace(folder: Path, base: str, format: str) -> None:
+    """Give the linears of an artefact in a format the codes of llama.cpp's quantiser."""
+    plain = DiskModel(find_base(base).folder, torch.device("cpu"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [each.removesuffix("_group_scale") for each in tensors if each.endswith("_group_scale")]:
+        W_RC = plain.checkpoint.read(plain.sources[name][0])
+        linear = name.removesuffix(".weight")
+        made = by_llama_cpp(W_RC, format).tensors()
+        tensors |= {f"{linear}.{part}": tensor for part, tensor in made.items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+@torch.no_grad()
+def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, Any]:
+    """Export an artefact, run it in llama.cpp, and compare."""
+    base, out = find_base(MODELS[model].base), folder.parent / f"{folder.name}-gguf"
+    export(folder, "gguf", out, overwrite=True)
+    tokenizer, spec = tokenizer_of(base.folder), MODELS[model].data()
+    size = json.loads((base.folder / "config.json").read_text())["vocab_size"]
+    data = load_data(spec, tokenizer, size, None)
+    sequences = data.evaluation[: -(-TOKENS // data.evaluation.shape[1])]
+    (out / "tokens.json").write_text(json.dumps(sequences.tolist()))
+    command = [
+        sys.executable,
+        "-c",
+        RUNS,
+        *(str(out / name) for name in ("model.gguf", "tokens.json", "found.npy")),
+    ]
+    subprocess.run([*command, str(threads)], check=True)
+    theirs = torch.from_numpy(np.load(out / "found.npy")).double().log_softmax(-1)
+    register()
+    loaded = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    ours = torch.cat([loaded(each[None]).logits for each in sequences]).double().log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"kl_llama_cpp": float(kl.mean()), "top1_llama_cpp": float(agree), "tokens": sequences.numel()}
+
+
+def rows_of(model: str, format: str, folder: Path, threads: int) -> Iterator[GgufRow]:
+    """Both ways to round a model in a format. These models have no biases, which GPTQ here would correct."""
+    subject, out = MODELS[model], folder / f"{model}-{format}"
+    report = run(Recipe.parse(f"stages: [quantize: {{format: {format}}}]"), out, subject.base, subject.data())
+    base = known(report.base.perplexity)
+    ours = known(report.fidelity.kl_nats_mean), known(report.compressed.perplexity)
+    yield _row(model, format, "gptq", ours, base, in_llama_cpp(out, model, threads))
+    other = folder / f"{model}-{format}-theirs"
+    shutil.copytree(out, other)
+    replace(other, subject.base, format)
+    scored = evaluate(other, against=subject.base, data=subject.data())
+    theirs = known(scored.kl_nats_mean), scored.perplexity
+    yield _row(model, format, "llama.cpp", theirs, base, in_llama_cpp(other, model, threads))
+
+
+def _row(
+    model: str, format: str, rounding: str, lost: tuple[float, float], base: float, run: dict[str, Any]
+) -> GgufRow:
+    """A row, which is printed; `lost` are KL and perplexity."""
+    kl, perplexity = lost
+    row = GgufRow(
+        model=model,
+        format=format,
+        rounding=rounding,
+        kl_nats_mean=kl,
+        perplexity=perplexity,
+        base_perplexity=base,
+        **run,
+    )
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure every model in both formats, and write the result."""
+    options = parser("gguf", __doc__)
+    options.add_argument("--models", nargs="+", default=present(), choices=list(MODELS))
+    options.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    said = machine.parse(options, argv, threads=1)
+    library()
+    with tempfile.TemporaryDirectory() as folder:
+        for model in said.models:
+            for format in said.formats:
+                for row in rows_of(model, format, Path(folder), said.threads):
+                    merged = results.merge("gguf", ("model", "format", "rounding"), row)
+                    results.write("gguf", machine.head(), {"rows": merged})
+    return 0
