@@ -273,6 +273,41 @@ def test_a_speed_out_of_reach_says_what_can_be_had_and_nothing_is_timed_twice(
         place.search("1000x", of="tokens_per_s")
 
 
+def test_what_is_found_for_a_speed_is_expected_to_reach_it(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose times are given."""
+
+    def known_times(model: Any, shapes: dict[str, tuple[int, int]], offered: Any, *_: Any) -> budgets.Times:
+        linears = tuple(
+            (
+                *shape,
+                way.name,
+                palette.native,
+                100 if way.name == "kept" else 40 if way.name == "w8a16" else 60,
+            )
+            for shape in dict.fromkeys(shapes.values())
+            for palette in offered
+            for way in palette.ways
+        )
+        return budgets.Times(token=100 * len(shapes) + 900, linears=linears, head=(500, 300))
+
+    monkeypatch.setattr(budgets, "_times", known_times)
+    searched = place.search("1.25x", "1.1x", of="tokens_per_s")
+    fast, slow = searched.found
+    assert (fast.file, slow.file) == ("1.25x-tokens-per-s.yaml", "1.1x-tokens-per-s.yaml")
+    for found, factor in ((fast, 1.25), (slow, 1.1)):
+        coded = sum(way == "w8a16" for way in found.ways.values())
+        saved = 60 * coded + (200 if found.outside != "kept" else 0)
+        assert set(found.ways.values()) <= {"kept", "w8a16"}, "the fastest loses least here"
+        assert found.reached == pytest.approx(1e9 / (100 * len(found.ways) + 900 - saved))
+        assert found.reached >= factor * searched.measure.base
+    assert fast.expected_nats > slow.expected_nats
+    write(searched, tmp_path / "searched")
+    assert (tmp_path / "searched" / fast.file).is_file()
+    assert "Tokens/s of at least 1.25x" in (tmp_path / "searched" / "search.html").read_text()
+
+
 def test_the_speed_of_experts_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match="how fast experts are is not timed"):
