@@ -108,6 +108,7 @@ stages:
 }
 NOTES = {  # what a schema does not say
     "prune": "Give one of `keep`, `parameters` and `size`.",
+    "budget": "Give one of `size`, `memory` and `tokens_per_s`.",
     "sparsify": 'Put quotes around `"2:4"` and `"4:8"`.',
     "share": "Give `layers` and `groups`, or `pairs`.",
     "low_rank": "Give `rank` or `keep`.",

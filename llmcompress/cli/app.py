@@ -27,6 +27,7 @@ from llmcompress.errors import AcceptError, CompressError, argument
 if TYPE_CHECKING:
     from llmcompress.data.sources import Effort
     from llmcompress.recipe.recipe import Recipe
+    from llmcompress.report.counted import Counted
 
 logger = logging.getLogger(__name__)
 FRONTIER = ("25%", "35%", "50%", "75%")  # sizes of `search --frontier`
@@ -178,8 +179,30 @@ def search(
             show_default=False,
         ),
     ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="In place of --size: bytes in memory with the cache of --context tokens, like 2GB or 40%.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens_per_s: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokens-per-s",
+            metavar="SPEED",
+            help="In place of --size: least speed of writing here, like 30, or 1.5x the base's.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens in the cache that --memory counts. Default: 2048."),
+    ] = None,
     frontier: Annotated[
-        bool, typer.Option("--frontier", help="Also 25, 35, 50 and 75 % of the base.")
+        bool, typer.Option("--frontier", help="Also 25, 35, 50 and 75 % of the base's bytes.")
     ] = False,
     loads_with: Annotated[
         Literal["transformers", "llmcompress"],
@@ -191,18 +214,24 @@ def search(
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Find the best model within a size, and write its recipe and a picture. After a crash, the same command
-    resumes."""
+    """Find the best model within a size, a memory or a time per token, and write its recipe and a page.
+
+    After a crash, the same command resumes.
+    """
+    from llmcompress.pipeline.budgets import CONTEXT
     from llmcompress.pipeline.search import search as find
     from llmcompress.pipeline.search import write
     from llmcompress.report.console import print_found
+    from llmcompress.report.search_facts import PAGE
 
-    sizes = dict.fromkeys([*(size or ()), *(FRONTIER if frontier else ())])
-    if not sizes:
-        raise CompressError("search needs --size, like --size 40%, or --frontier")
+    of, budgets = _budgets([*(size or ()), *(FRONTIER if frontier else ())], memory, tokens_per_s)
+    if context is not None and of != "memory":
+        raise CompressError("--context is the length of the cache that --memory counts; leave it out")
     searched = find(
         model,
-        [*sizes],
+        budgets,
+        of=of,
+        context=context or CONTEXT,
         loads_with=loads_with,
         data=data,
         effort=effort,
@@ -212,8 +241,25 @@ def search(
     )
     write(searched, out_)
     for found in searched.found:
-        print_found(found, out)
+        print_found(found, of, searched.measure.base, out)
         out.print(f"llmcompress run {out_ / found.file}", soft_wrap=True, highlight=False, markup=False)
+    out.print(f"page: {out_ / PAGE}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _budgets(
+    size: list[str], memory: list[str] | None, tokens_per_s: list[str] | None
+) -> tuple[Counted, list[str]]:
+    """What a search is to keep within what. Errors: CompressError unless exactly one kind is given."""
+    kinds: dict[Counted, list[str] | None] = {"size": size, "memory": memory, "tokens_per_s": tokens_per_s}
+    given = [(of, [*dict.fromkeys(asked)]) for of, asked in kinds.items() if asked]
+    if not given:
+        raise CompressError(
+            "search needs --size, like --size 40%, or --frontier, or --memory, or --tokens-per-s"
+        )
+    if len(given) > 1:
+        names = " and ".join(f"--{of.replace('_', '-')}" for of, _ in given)
+        raise CompressError(f"a search is within one kind of budget, and got {names}; give one of them")
+    return given[0]
 
 
 @app.command()
@@ -262,22 +308,28 @@ def evaluate(
 
 @app.command()
 def report(
-    folder: options.Artefact,
+    folder: options.Reported,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Print the report of a finished run, and write its page, report.html, anew."""
-    from llmcompress.pipeline.compare import write_page
-    from llmcompress.report.console import print_report
+    """Print the report of a finished run or search, and write its page anew: report.html, or search.html."""
+    from llmcompress.pipeline.compare import is_search, write_page, write_search_page
+    from llmcompress.report.console import print_found, print_report
     from llmcompress.report.schema import Report
+    from llmcompress.report.search_facts import SearchFacts
 
-    found, file = Report.of(folder), None
+    searched = SearchFacts.of(folder) if is_search(folder) else None
+    found, file = None if searched else Report.of(folder), None
     try:
-        file = write_page(folder)
+        file = write_search_page(folder) if searched else write_page(folder)
     except CompressError as error:
         if open_:
             raise
         logger.warning("%s", error)
-    print_report(found, out)
+    if found is not None:
+        print_report(found, out)
+    if searched is not None:
+        for each in searched.found:
+            print_found(each, searched.counted, searched.base, out)
     if file is None:
         return
     out.print(f"page: {file}", soft_wrap=True, highlight=False, markup=False)

@@ -25,6 +25,11 @@ ModelName = Annotated[
 ]
 Artefact = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `run` wrote.", show_default=False)]
 
+Reported = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Folder that `run` or `search` wrote.", show_default=False),
+]
+
 
 def _print_version(asked: bool) -> None:
     if asked:

@@ -1,5 +1,6 @@
-"""Choose a way for every linear within a budget of bytes, with the least sum of expected nats.
+"""Choose a way for every linear within a budget, with the least sum of expected nats.
 
+A budget is of any quantity that adds up over linears: bytes on disk, bytes in memory, nanoseconds per token.
 The choice is exact for the sum: `algorithms.allocation` solves the knapsack. The sum assumes that losses add
 up, so it orders models better than it foretells their loss.
 """
@@ -7,7 +8,7 @@ up, so it orders models better than it foretells their loss.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.frontier.costs import Priced
 from llmcompress.frontier.ways import KEEP, Palette, Way
 
-STEPS = 1 << 14  # of a budget, to which sizes are rounded up, so that the knapsack stays small
+STEPS = 1 << 14  # of what a budget leaves beside the least, rounded up to, so that the knapsack stays small
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,23 @@ class Outer:
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What a budget is of, in whole numbers that add up: what a unit takes in a way, by its name, in a model
+    that is `native` or not, and what everything outside the units takes."""
+
+    of: Callable[[Priced, str, bool], int]
+    outside: Callable[[Outer], int]
+
+
+def _stored(unit: Priced, way: str, native: bool) -> int:
+    cost = unit.costs[way]
+    return cost.native_bytes if native else cost.own_bytes
+
+
+BYTES = Quantity(_stored, lambda outer: outer.size_bytes)  # of the files
+
+
+@dataclass(frozen=True)
 class Choice:
     """A way for each unit of linears, and what is expected of the model."""
 
@@ -45,23 +63,39 @@ class Choice:
 
 
 def best(
-    units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer], budget: int
+    units: Sequence[Priced],
+    palettes: Sequence[Palette],
+    outers: Sequence[Outer],
+    budget: int,
+    quantity: Quantity = BYTES,
 ) -> Choice | None:
-    """The choice with the least expected loss in at most `budget` bytes, or None if nothing is so small."""
+    """The choice with the least expected loss within a budget of a quantity, or None if nothing is so
+    small."""
     found = [
         choice
         for palette, outer in _together(palettes, outers)
-        if (choice := _within(units, palette, outer, budget)) is not None
+        if (choice := _within(units, palette, outer, budget, quantity)) is not None
     ]
     return min(found, key=lambda choice: (choice.nats, choice.size_bytes), default=None)
 
 
-def least(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer]) -> int:
-    """The bytes of the smallest model that can be chosen."""
+def least(
+    units: Sequence[Priced],
+    palettes: Sequence[Palette],
+    outers: Sequence[Outer],
+    quantity: Quantity = BYTES,
+) -> int:
+    """The least of a quantity that a model can take."""
     return min(
-        outer.size_bytes + sum(min(_sizes(unit, palette).values()) for unit in units)
+        quantity.outside(outer) + sum(min(_amounts(unit, palette, quantity).values()) for unit in units)
         for palette, outer in _together(palettes, outers)
     )
+
+
+def taken(units: Sequence[Priced], choice: Choice, quantity: Quantity) -> int:
+    """How much of a quantity a choice takes."""
+    native, ways = choice.palette.native, zip(units, choice.ways, strict=True)
+    return quantity.outside(choice.outer) + sum(quantity.of(unit, way.name, native) for unit, way in ways)
 
 
 def _together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
@@ -73,58 +107,86 @@ def _together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tupl
 
 @dataclass(frozen=True)
 class Uniform:
-    """A model in which every linear that can takes the same way, with its bytes and expected nats/token."""
+    """A model in which every linear that can takes the same way, with its bytes, expected nats/token, and
+    how much it takes of what is counted."""
 
     way: str
     outside: str
     size_bytes: int
     nats: float
+    taken: int
 
 
-def uniform(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[Uniform]:
+def uniform(
+    units: Sequence[Priced],
+    palettes: Sequence[Palette],
+    outers: Sequence[Outer],
+    quantity: Quantity = BYTES,
+) -> list[Uniform]:
     """The models of one way, without ways that most linears can't take."""
     found: dict[tuple[str, str], Uniform] = {}
     for palette, outer in _together(palettes, outers):
         for way in palette.ways:
             if 2 * sum(way.name in unit.costs for unit in units) < len(units):
                 continue
-            size, nats = outer.size_bytes, outer.nats
-            for unit in units:
-                taken = way.name if way.name in unit.costs else KEEP.name
-                size += _sizes(unit, palette)[taken]
-                nats += unit.costs[taken].nats
-            found.setdefault((way.name, outer.name), Uniform(way.name, outer.name, size, nats))
+            ways = tuple(way if way.name in unit.costs else KEEP for unit in units)
+            model = _chosen(units, palette, outer, ways)
+            amount = taken(units, model, quantity)
+            one = Uniform(way.name, outer.name, model.size_bytes, model.nats, amount)
+            found.setdefault((way.name, outer.name), one)
     return list(found.values())
 
 
-def _sizes(unit: Priced, palette: Palette) -> dict[str, int]:
-    """The bytes of each way of a palette that a unit can take."""
-    costs = {way.name: unit.costs[way.name] for way in palette.ways if way.name in unit.costs}
-    return {name: cost.native_bytes if palette.native else cost.own_bytes for name, cost in costs.items()}
+def _amounts(unit: Priced, palette: Palette, quantity: Quantity) -> dict[str, int]:
+    """How much each way of a palette takes that a unit can take."""
+    names = [way.name for way in palette.ways if way.name in unit.costs]
+    return {name: quantity.of(unit, name, palette.native) for name in names}
 
 
-def _within(units: Sequence[Priced], palette: Palette, outer: Outer, budget: int) -> Choice | None:
-    room = budget - outer.size_bytes
-    if room <= 0:
+def _chosen(units: Sequence[Priced], palette: Palette, outer: Outer, ways: tuple[Way, ...]) -> Choice:
+    nats = sum(unit.costs[way.name].nats for unit, way in zip(units, ways, strict=True))
+    size = sum(_stored(unit, way.name, palette.native) for unit, way in zip(units, ways, strict=True))
+    return Choice(palette, outer, ways, outer.nats + nats, outer.size_bytes + size)
+
+
+def _within(
+    units: Sequence[Priced], palette: Palette, outer: Outer, budget: int, quantity: Quantity
+) -> Choice | None:
+    amounts = [_amounts(unit, palette, quantity) for unit in units]
+    leasts = [min(of.values()) for of in amounts]
+    room = budget - quantity.outside(outer) - sum(leasts)
+    if room < 0:
         return None
-    step = max(1, room // STEPS)
-    options, ways = [], [way.name for way in palette.ways]
-    for unit in units:
-        sizes = _sizes(unit, palette)
-        options.append(
-            [
-                Option(ways.index(name), unit.costs[name].nats, -(-size // step))
-                for name, size in sizes.items()
-            ]
-        )
-    if sum(min(option.parameters for option in each) for each in options) > room // step:
-        return None
-    taken = [palette.ways[option.width] for option in allocate(options, room // step)]
-    if not palette.native and outer.native and _loads_plain(taken):
+    step, names = max(1, room // STEPS), [way.name for way in palette.ways]
+    options = [
+        [
+            Option(names.index(name), unit.costs[name].nats, -(-(amount - smallest) // step))
+            for name, amount in of.items()
+        ]
+        for unit, of, smallest in zip(units, amounts, leasts, strict=True)
+    ]
+    found = tuple(palette.ways[option.width] for option in allocate(options, room // step))
+    if not palette.native and outer.native and _loads_plain(found):
         return None  # the native palette says what such a model takes
-    nats = sum(unit.costs[way.name].nats for unit, way in zip(units, taken, strict=True))
-    size = sum(_sizes(unit, palette)[way.name] for unit, way in zip(units, taken, strict=True))
-    return Choice(palette, outer, tuple(taken), outer.nats + nats, outer.size_bytes + size)
+    if outer.name != KEEP.name and all(way is KEEP for way in found):
+        return _with_one(units, palette, outer, budget, quantity)
+    return _chosen(units, palette, outer, found)
+
+
+def _with_one(
+    units: Sequence[Priced], palette: Palette, outer: Outer, budget: int, quantity: Quantity
+) -> Choice | None:
+    """The choice in which one unit is not kept, as `quantize` codes nothing outside the layers by itself;
+    None if there is none within the budget."""
+    kept = [KEEP] * len(units)
+    choices = [
+        _chosen(units, palette, outer, (*kept[:place], way, *kept[place + 1 :]))
+        for place, unit in enumerate(units)
+        for way in palette.ways
+        if way is not KEEP and way.name in unit.costs
+    ]
+    within = [choice for choice in choices if taken(units, choice, quantity) <= budget]
+    return min(within, key=lambda choice: (choice.nats, choice.size_bytes), default=None)
 
 
 def _loads_plain(ways: Sequence[Way]) -> bool:
@@ -140,6 +202,6 @@ def counted(units: Sequence[Priced], choice: Choice) -> list[tuple[str, int, int
     nats = dict.fromkeys([way.name for way in choice.palette.ways], 0.0)
     for unit, way in zip(units, choice.ways, strict=True):
         linears[way.name] += len(unit.linears)
-        sizes[way.name] += _sizes(unit, choice.palette)[way.name]
+        sizes[way.name] += _stored(unit, way.name, choice.palette.native)
         nats[way.name] += unit.costs[way.name].nats
     return [(name, linears[name], sizes[name], nats[name]) for name in nats if linears[name]]

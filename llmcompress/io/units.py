@@ -73,3 +73,10 @@ def measured_percent(value: float | None) -> str:
 def asked_percent(share: float) -> str:
     """Format a requested fraction as briefly as possible: 75 %, 12.5 %."""
     return f"{100 * share:.3g} %"
+
+
+def rate_of(text: str) -> tuple[float, bool] | None:
+    """Parse a speed: 30, or 1.5x of another. Returns the number and whether it is a multiple, or None for
+    anything else and for no speed at all."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(x?)\s*", text.lower(), re.ASCII)
+    return (float(found[1]), bool(found[2])) if found and float(found[1]) else None

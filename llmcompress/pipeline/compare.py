@@ -1,4 +1,4 @@
-"""Pages of finished runs: that of one artefact, written anew, and the comparison of several."""
+"""Pages of finished runs and searches: that of one, written anew, and the comparison of several artefacts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from llmcompress.errors import CompressError, ModelError, OutputError, argument,
 from llmcompress.io.destination import require_file, write_file
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
+from llmcompress.pipeline.search import page_of
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
+from llmcompress.report import search_facts
 from llmcompress.report.comparison import ComparedRow, compared, warning_of
 from llmcompress.report.page import comparison_page, page
 from llmcompress.report.schema import FILE, LARGEST, PAGE, Report
@@ -27,14 +29,32 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     Errors: CompressError if they can't be read, OutputError if the page can't be written.
     """
     place = path_of(folder, "folder")
-    report, file = Report.of(place), place / PAGE
+    report = Report.of(place)
     recipe = Recipe.from_file(place / RECIPE) if (place / RECIPE).is_file() else None
-    text = page(report, recipe.for_others(report).to_yaml() if recipe else None)
+    return _written(place / PAGE, page(report, recipe.for_others(report).to_yaml() if recipe else None), FILE)
+
+
+def is_search(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that a search wrote, and no artefact."""
+    place = path_of(folder, "folder")
+    return (place / search_facts.FILE).is_file() and not (place / FILE).exists()
+
+
+def write_search_page(folder: str | os.PathLike[str]) -> Path:
+    """Write search.html of a search anew from its search.json, and return its path. Errors: those of
+    `write_page`."""
+    place = path_of(folder, "folder")
+    facts = search_facts.SearchFacts.of(place)
+    return _written(place / search_facts.PAGE, page_of(facts), search_facts.FILE)
+
+
+def _written(file: Path, text: str, of: str) -> Path:
+    """Write a page that is made of a file beside it. Errors: OutputError."""
     try:
         put(file, text)
     except OSError as error:
         raise OutputError(
-            f"{file} can't be written ({error.strerror or first_line(error)}); copy {FILE} to a folder of "
+            f"{file} can't be written ({error.strerror or first_line(error)}); copy {of} to a folder of "
             "your own and give that"
         ) from None
     return file

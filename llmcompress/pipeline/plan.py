@@ -23,7 +23,7 @@ from llmcompress.io import own_code
 from llmcompress.io.units import amount, duration
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import meta_model
-from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.pipeline.effort import effort_facts
 from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import Resolved, config_of, find_base, resolve
@@ -242,12 +242,15 @@ def per_token(model: MetaModel) -> tuple[int, int | None]:
         for name in model.anatomy.of_layer(index).experts:
             share = experts_per_token(model.text_config) / len(layer.get_parameter(name))
             used += layer.get_parameter(name).numel() * share
-    weights = round(used)
+    return 2 * round(used), cached_per_token(model)
+
+
+def cached_per_token(model: LayerwiseModel) -> int | None:
+    """The bytes per token in the key-value cache, if the model's family is in the table."""
     if model.anatomy.cuts is not None:
-        return 2 * weights, None
+        return None
     sizes = [model.sizes_of(index) for index in range(len(model.layers))]
-    cached = sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
-    return 2 * weights, cached
+    return sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
 
 
 def _multiplied(layout: AnyLayout | None, shape: tuple[int, int]) -> int:

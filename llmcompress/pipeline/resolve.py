@@ -163,18 +163,19 @@ def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
     return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
 
 
-def bytes_within(size: str, whole: int) -> int:
-    """The bytes that a size stands for, of a base of so many. Errors: CompressError."""
+def bytes_within(size: str, whole: int, name: str = "size") -> int:
+    """The bytes that a size stands for, of a base of so many; `name` is that of the argument. Errors:
+    CompressError."""
     share = share_of(size)
     found = bytes_of(size) if share is None else int(share * whole)
     if not found:
         raise CompressError(
-            f"{argument('size')} {shortened(size)} is no size; give bytes like 60MB, or a share of the "
+            f"{argument(name)} {shortened(size)} is no size; give bytes like 60MB, or a share of the "
             "base's like 40%"
         )
     if found >= whole:
         raise CompressError(
-            f"{argument('size')} {shortened(size)} is no less than the base, which has {amount(whole, 'B')}; "
+            f"{argument(name)} {shortened(size)} is no less than the base, which has {amount(whole, 'B')}; "
             "give a smaller one"
         )
     return found

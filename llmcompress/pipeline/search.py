@@ -1,12 +1,12 @@
-"""`search`: the recipe of the best model within a size, found by measuring what each format costs each
-linear."""
+"""`search`: the recipe of the best model within a size, a memory or a time per token, found by measuring what
+each format costs each linear."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec, Effort
-from llmcompress.errors import CompressError, OutputError, argument
-from llmcompress.frontier.choice import Outer, Uniform, best, counted, least, uniform
+from llmcompress.errors import OutputError, argument
+from llmcompress.frontier.choice import Outer, Uniform, best, counted, least, taken, uniform
 from llmcompress.frontier.costs import Priced, measured
 from llmcompress.frontier.outside import outers
 from llmcompress.frontier.spelling import stages_of
-from llmcompress.frontier.ways import KEPT, Loader, Palette, Way, palettes
+from llmcompress.frontier.ways import Loader, Palette, Way, palettes
 from llmcompress.integrations import distributed
 from llmcompress.integrations.distributed import ALONE
 from llmcompress.io import own_code
@@ -29,15 +29,14 @@ from llmcompress.io.local_names import short_name
 from llmcompress.io.safetensors_writer import discard, put, writing
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.io.units import amount
-from llmcompress.io.user_paths import path_of, shortened
+from llmcompress.io.user_paths import path_of
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, untracked
+from llmcompress.pipeline.budgets import CONTEXT, Measure, of_memory, of_size, of_speed
 from llmcompress.pipeline.disk_store import source_digest
 from llmcompress.pipeline.resolve import (
     Base,
-    bytes_within,
     calibration_data,
     config_of,
     data_of,
@@ -47,6 +46,9 @@ from llmcompress.pipeline.resolve import (
     source_of,
 )
 from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.counted import Counted
+from llmcompress.report.page import search_page
+from llmcompress.report.search_facts import FILE, PAGE, SearchFacts
 from llmcompress.stages.base import Context, naming_layer
 from llmcompress.stages.budget.stage import Budget
 
@@ -65,43 +67,62 @@ class WayRow:
 
 @dataclass(frozen=True)
 class Found:
-    """The best choice within a size: its recipe, the bytes of its files, its expected loss in nats/token, and
-    what becomes of the weights outside the layers and of the linears."""
+    """The best choice within a budget: its recipe, the bytes of its files, its expected loss in nats/token,
+    and what becomes of the weights outside the layers and of the linears. `reached` is in what is `counted`:
+    bytes on disk, bytes in memory, or expected tokens/s."""
 
-    asked: str  # the size that was asked for
+    asked: str  # what was asked for
     recipe: Recipe
     base_bytes: int
     size_bytes: int
     expected_nats: float
     outside: str
     rows: tuple[WayRow, ...]
+    counted: Counted
+    reached: float
+    ways: Mapping[str, str]  # by linear
 
     @property
     def file(self) -> str:
         """The name of its recipe's file."""
-        return f"{self.asked.strip().replace('%', ' percent').replace(' ', '-')}.yaml"
+        words = self.asked.strip().replace("%", " percent").replace(" ", "-")
+        names = {"size": "{}", "memory": "memory-{}", "tokens_per_s": "{}-tokens-per-s"}
+        return f"{names[self.counted].format(words)}.yaml"
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in search.json."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("recipe", "rows")}
+        left_out = ("recipe", "rows", "counted", "ways")
+        facts = {key: value for key, value in vars(self).items() if key not in left_out}
         stages = self.recipe.model_dump(mode="json", exclude_unset=True)
-        return facts | {"rows": [asdict(row) for row in self.rows], "recipe": stages}
+        rows = [asdict(row) for row in self.rows]
+        return {"file": self.file} | facts | {"rows": rows, "ways": dict(self.ways), "recipe": stages}
 
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found, by rising size, and the models of one way beside it."""
+    """What a search found, the tightest budget first, the models of one way beside it, what the base has of
+    what is counted, and the bits of each way."""
 
     model: str
     found: tuple[Found, ...]
     uniform: tuple[Uniform, ...]
+    measure: Measure
+    bits: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in search.json."""
+        measure, uniform = self.measure, list[dict[str, Any]]()
+        for each in self.uniform:
+            facts = asdict(each)
+            uniform.append(facts | {"reached": measure.reached(facts.pop("taken"))})
         return {
             "model": self.model,
+            "counted": measure.counted,
+            "context": measure.context,
+            "base": measure.base,
+            "bits": dict(self.bits),
             "found": [each.to_dict() for each in self.found],
-            "uniform": [asdict(each) for each in self.uniform],
+            "uniform": uniform,
         }
 
 
@@ -115,8 +136,10 @@ class Prices(JournalFacts):
 @fast_float32_products()
 def search(
     model: str | os.PathLike[str],
-    sizes: Sequence[str],
+    budgets: Sequence[str],
     *,
+    of: Counted = "size",
+    context: int = CONTEXT,
     loads_with: Loader = "llmcompress",
     data: str | DataSpec | None = None,
     effort: Effort | None = None,
@@ -124,14 +147,18 @@ def search(
     trust_remote_code: bool = False,
     track: Track = untracked,
 ) -> Searched:
-    """Find, for each size, the recipe of the best model whose files are no larger.
+    """Find, for each budget, the recipe of the best model within it.
 
     What each format costs each linear is measured once, and kept in the cache: a search that was interrupted
-    goes on, and another size takes seconds.
+    goes on, and another budget takes seconds.
 
     Args:
         model: Hub id, folder, or `demo`.
-        sizes: bytes of the files, like `60MB`, or a share of the base's, like `40%`.
+        budgets: of `size` and `memory` the most bytes, like `60MB`, or a share of the base's, like `40%`; of
+            `tokens_per_s` the least, like `30`, or a multiple of the base's, like `1.5x`.
+        of: `size` of the files, `memory` of the loaded model with its cache, or `tokens_per_s`, the speed of
+            writing at batch size 1 on this machine.
+        context: tokens in the cache that `memory` counts.
         loads_with: `transformers` for a result that loads without llmcompress, or `llmcompress` for all
             formats.
         data: the text, as a `DataSpec` or as `--data` takes it.
@@ -141,13 +168,13 @@ def search(
         track: shows progress, as for `compress`.
 
     Raises:
-        CompressError: model, size or text can't be read, or no choice is so small; the message says how small
-            the smallest is.
+        CompressError: model, budget or text can't be read, or no choice is within it; the message says what
+            can be had.
     """
     with own_code.permission(trust_remote_code):
         base = find_base(os.fspath(model))
         own_code.trust(base.folder)
-        return _searched(base, sizes, loads_with, data, effort, device, track)
+        return _searched(base, budgets, of, context, loads_with, data, effort, device, track)
 
 
 def expanded(
@@ -165,13 +192,18 @@ def expanded(
         return recipe
     spec, word = data_of(recipe, data), effort or recipe.effort
     with distributed.first_alone():  # the others find what it measured
-        searched = _searched(base, [budget.size], budget.loads_with, spec, word, device, track)
+        context, asked = budget.context or CONTEXT, [budget.asked]
+        searched = _searched(
+            base, asked, budget.counted, context, budget.loads_with, spec, word, device, track
+        )
     return recipe.model_copy(update={"stages": (*searched.found[0].recipe.stages, *recipe.stages[1:])})
 
 
 def _searched(
     base: Base,
-    sizes: Sequence[str],
+    asked: Sequence[str],
+    of: Counted,
+    context: int,
     loads_with: Loader,
     data: str | DataSpec | None,
     effort: Effort | None,
@@ -183,48 +215,74 @@ def _searched(
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
     opened = partial(DiskModel, base.folder, where)
     read = opened()
-    whole = read.checkpoint.size_bytes
-    budgets = {size: bytes_within(size, whole) for size in sizes}
+    whole, dtype, offered = read.checkpoint.size_bytes, read.weight_dtype, palettes(loads_with)
+    if of == "size":  # a wrong one is refused before anything is computed
+        of_size(whole).limits(asked)
     require_computable(read)
     text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
+    measure = of_size(whole)
+    if of == "memory":
+        measure = of_memory(read, offered, context)
+    elif of == "tokens_per_s":
+        measure = of_speed(read, offered, text, track)
+    limits = measure.limits(asked)
     del read  # the model is opened anew to be measured
-    offered = palettes(loads_with)
     prices = prices_of(opened, text, spec.seed, ways_of(offered), track)
-    found = []
-    for size, budget in sorted(budgets.items(), key=lambda each: each[1]):
-        choice = best(prices.units, offered, prices.outers, budget)
+    units, outside, found = prices.units, prices.outers, list[Found]()
+    for words, limit in limits:
+        choice = best(units, offered, outside, limit, measure.quantity)
         if choice is None:
-            smallest = least(prices.units, offered, prices.outers)
-            raise CompressError(
-                f"{argument('size')} {shortened(size)} is less than any choice of formats leaves; the "
-                f"smallest that loads with {loads_with} has {amount(smallest, 'B')}"
+            smallest = least(units, offered, outside, measure.quantity)
+            raise measure.out_of_reach(words, smallest, loads_with)
+        found.append(
+            Found(
+                asked=words,
+                recipe=_recipe(base, data, effort, stages_of(units, choice)),
+                base_bytes=whole,
+                size_bytes=choice.size_bytes,
+                expected_nats=choice.nats,
+                outside=choice.outer.name,
+                rows=tuple(WayRow(*row) for row in counted(units, choice)),
+                counted=of,
+                reached=measure.reached(taken(units, choice, measure.quantity)),
+                ways={
+                    linear: way.name
+                    for unit, way in zip(units, choice.ways, strict=True)
+                    for linear in unit.linears
+                },
             )
-        recipe = _recipe(base, data, effort, stages_of(prices.units, choice))
-        rows = tuple(WayRow(*row) for row in counted(prices.units, choice))
-        found.append(Found(size, recipe, whole, choice.size_bytes, choice.nats, choice.outer.name, rows))
-    beside = uniform(prices.units, offered, prices.outers)
-    return Searched(base.name, tuple(found), tuple(beside))
+        )
+    beside = uniform(units, offered, outside, measure.quantity)
+    codings = {way.name: way.coding(dtype) for way in ways_of(offered)}
+    bits = {
+        name: float(8 * dtype.itemsize if coding is None else coding.bits) for name, coding in codings.items()
+    }
+    return Searched(base.name, tuple(found), tuple(beside), measure, bits)
 
 
 def write(searched: Searched, out: Path) -> None:
-    """Write the recipes of what was found into a folder, with `search.json` and the picture `frontier.png`.
+    """Write the recipes of what was found into a folder, with `search.json`, the page `search.html` and the
+    picture `frontier.png`.
 
     Errors: OutputError.
     """
     from llmcompress.report.plots import frontier
 
     folder = path_of(out, argument("out"), OutputError)
+    facts = SearchFacts.model_validate(searched.to_dict())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for found in searched.found:
             put(folder / found.file, found.recipe.to_yaml())
-        put(folder / "search.json", json.dumps(searched.to_dict(), indent=2) + "\n")
-        frontier(
-            f"Within a size: {short_name(searched.model)}",
-            [(found.asked, found.size_bytes, found.expected_nats) for found in searched.found],
-            [(each.way, each.outside != KEPT, each.size_bytes, each.nats) for each in searched.uniform],
-            folder / "frontier.png",
-        )
+        put(folder / FILE, json.dumps(searched.to_dict(), indent=2) + "\n")
+        put(folder / PAGE, page_of(facts))
+        frontier(facts, short_name(searched.model), folder / "frontier.png")
+
+
+def page_of(facts: SearchFacts) -> str:
+    """The page of a search, in which recipes have their shared form. Errors: RecipeError."""
+    recipes = {each.file: Recipe.of_entries(each.recipe).for_others().to_yaml() for each in facts.found}
+    return search_page(facts, recipes)
 
 
 def ways_of(offered: Sequence[Palette]) -> list[Way]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 from llmcompress.io.units import amount, number
 from llmcompress.report.comparison import ComparedRow
+from llmcompress.report.counted import WORDS, shown
 from llmcompress.report.depth import by_kind, depth_of, placed_at
 from llmcompress.report.schema import DistributionFacts, Report
+from llmcompress.report.search_facts import FoundFacts, SearchFacts
 
 LETTER = 6.4  # pixels that a letter of a label takes at most, on average
 BARS = 150.0  # pixels of the tallest bar of a histogram
@@ -22,6 +25,7 @@ LINE = 15.0  # pixels between two lines of labels
 DISC = 20.0  # pixels between the centres of two discs
 SERIES = 8  # colours and markers; further kinds begin anew
 FLOOR = 1e-6  # nats: what is less is drawn as this much
+OUTSIDE_KEPT = "kept"  # of a search's models: nothing outside the layers is coded
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class Point:
-    """An artefact, or the base: a number in a disc, which may stand beside its place, and a label."""
+    """A model, or the base: a number in a disc, which may stand beside its place, or a dot without one, and a
+    label."""
 
     x: float
     y: float
@@ -68,14 +73,18 @@ class Point:
     title: str
     base: bool = False
     beaten: bool = False
+    coded: bool = False  # whether a dot is hollow
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Bytes against KL."""
+    """Bytes, or what else is counted, against KL; `line` joins points, as SVG's polyline has them."""
 
     frame: Frame
     points: tuple[Point, ...]
+    across: str = "bytes on disk"
+    up: str = "KL from the base, nats/token"
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Bits of linears: a row for each kind, a column for each layer."""
+    """Bits of linears: a row for each kind and a column for each layer, or the other way round."""
 
     frame: Frame
     side: tuple[float, float]  # width and height of a cell
@@ -160,25 +169,14 @@ def scatter(rows: Sequence[ComparedRow], base: str, base_bytes: int | None, widt
     ]
     if not placed:
         return None
-    height = 300.0 if len(placed) > 1 else 220.0
-    left, right, top, bottom = 52.0, width - 14.0, 16.0, height - 46.0
-    most = 1.06 * max(base_bytes or 0, *(size for _, size, _ in placed), 1)
-    low, high = _decades([max(kl, FLOOR) for *_, kl in placed])
-    foot = bottom - 16.0  # the base stands below the decades, as 0 has no logarithm
-    lowest = foot - 20.0
-
-    def x(size: float) -> float:
-        return left + (right - left) * size / most
-
-    def y(kl: float) -> float:
-        return lowest - (lowest - top) * (math.log10(max(kl, FLOOR)) - low) / (high - low)
-
-    x_ticks = tuple(Tick(x(size), amount(size, "B")) for size in _round_steps(most, max(2, width // 130)))
-    decades = tuple(Tick(y(10.0**power), _power(power)) for power in range(low, high + 1))
-    frame = Frame(width, height, left, right, top, bottom, x_ticks, (*decades, Tick(foot, "0")))
+    most = max(base_bytes or 0, *(size for _, size, _ in placed), 1)
+    plane = _plane(
+        most, [kl for *_, kl in placed], width, 300.0 if len(placed) > 1 else 220.0, partial(amount, unit="B")
+    )
+    frame, x, y = plane.frame, plane.x, plane.y
     places = [(x(size), y(kl)) for _, size, kl in placed]
     if base_bytes is not None:
-        places.append((x(base_bytes), foot))
+        places.append((x(base_bytes), plane.foot))
     discs = _apart_discs(places)
     taken = [_box(*disc) for disc in discs]
     points = []
@@ -193,6 +191,77 @@ def scatter(rows: Sequence[ComparedRow], base: str, base_bytes: int | None, widt
             Point(*discs[-1], places[-1], "", label, f"{base}: {amount(base_bytes, 'B')}", base=True)
         )
     return Scatter(frame, tuple(points))
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A drawing area with a linear axis from 0 and one of powers of ten, where 0 stands at the `foot`."""
+
+    frame: Frame
+    x: Callable[[float], float]
+    y: Callable[[float], float]
+    foot: float
+
+
+def _plane(
+    most: float, values: Sequence[float], width: int, height: float, words: Callable[[float], str]
+) -> _Plane:
+    """Axes for numbers up to `most`, in `words`, and for losses in nats."""
+    left, right, top, bottom = 52.0, width - 14.0, 16.0, height - 46.0
+    most = 1.06 * most
+    low, high = _decades([max(value, FLOOR) for value in values])
+    foot = bottom - 16.0  # below the decades, as 0 has no logarithm
+    lowest = foot - 20.0
+
+    def x(value: float) -> float:
+        return left + (right - left) * value / most
+
+    def y(value: float) -> float:
+        return lowest - (lowest - top) * (math.log10(max(value, FLOOR)) - low) / (high - low)
+
+    x_ticks = tuple(Tick(x(value), words(value)) for value in _round_steps(most, max(2, width // 130)))
+    decades = tuple(Tick(y(10.0**power), _power(power)) for power in range(low, high + 1))
+    frame = Frame(width, height, left, right, top, bottom, x_ticks, (*decades, Tick(foot, "0")))
+    return _Plane(frame, x, y, foot)
+
+
+def frontier(facts: SearchFacts, base: str, width: int) -> Scatter:
+    """Draw what a search found, numbered and joined by a line, the models of one format as dots, and the
+    base. Models of one format without any loss are the base itself and are left out."""
+    beside = [each for each in facts.uniform if each.nats > 0]
+    most = max([facts.base, *(each.reached for each in facts.found), *(each.reached for each in beside)])
+    losses = [*(each.expected_nats for each in facts.found), *(each.nats for each in beside)]
+    plane = _plane(most, losses, width, 380.0 if width > 400 else 320.0, partial(shown, facts.counted))
+    places = [(plane.x(each.reached), plane.y(each.expected_nats)) for each in facts.found]
+    places.append((plane.x(facts.base), plane.foot))
+    discs = _apart_discs(places)
+    spots = [(plane.x(each.reached), plane.y(each.nats)) for each in beside]
+    taken = [_box(*disc) for disc in discs] + [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    points = [
+        Point(
+            *disc, at, f"{place + 1}", _free_label(*disc, each.asked, plane.frame, taken), _told(facts, each)
+        )
+        for place, (each, at, disc) in enumerate(zip(facts.found, places, discs, strict=False))
+    ]
+    words = f"{base}: {shown(facts.counted, facts.base)}"
+    label = _free_label(*discs[-1], base, plane.frame, taken)
+    points.append(Point(*discs[-1], places[-1], "", label, words, base=True))
+    dots = []
+    for each, at in zip(beside, spots, strict=True):
+        coded = each.outside != OUTSIDE_KEPT
+        label = Label(*at, "") if coded else _free_label(*at, each.way, plane.frame, taken)
+        outside = f", {each.outside} outside the layers" if coded else ""
+        words = f"{each.way}{outside}: {shown(facts.counted, each.reached)}, {number(each.nats)} nats/token"
+        dots.append(Point(*at, at, "", label, words, beaten=True, coded=coded))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(places[:-1]))
+    across = WORDS[facts.counted].axis
+    return Scatter(plane.frame, (*dots, *points), across, "expected KL, nats/token", line)
+
+
+def _told(facts: SearchFacts, found: FoundFacts) -> str:
+    """What is told of a model that was found when someone points at it."""
+    reached, loss = shown(facts.counted, found.reached), number(found.expected_nats)
+    return f"{WORDS[facts.counted].within} {found.asked}: {reached}, {loss} nats/token"
 
 
 def _apart_discs(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -394,6 +463,53 @@ def bits_grid(report: Report, width: int) -> Grid:
     shown = values if len(values) <= 6 else [values[0], values[len(values) // 2], values[-1]]
     levels = tuple((colours[value], f"{value:g} bits") for value in shown)
     return Grid(frame, (step_x - gap, step_y - 2), tuple(cells), rows, levels)
+
+
+def ways_grid(facts: SearchFacts, found: FoundFacts, width: int) -> Grid:
+    """Draw which way each linear of a model that was found takes: a row for each layer, a column for each
+    kind of linear, coloured by bits. Experts of one layer are one cell."""
+    cells_of = {placed_at(linear): way for linear, way in found.ways.items()}
+    layers: list[int | None] = [*sorted({layer for layer, _ in cells_of if layer is not None})]
+    layers += [None] * any(layer is None for layer, _ in cells_of)
+    kinds = list(dict.fromkeys(kind for _, kind in cells_of))
+    words = [word.removesuffix("_proj") for word in _short_kinds(kinds)]
+    names = ["other" if layer is None else str(layer) for layer in layers]
+    left = 12 + LETTER * max(3, *(len(name) for name in names))
+    step_x, step_y = min(72.0, (width - left - 2) / max(1, len(kinds))), 20.0 if len(layers) <= 40 else 12.0
+    heads = _staggered(words, left, step_x)
+    top = max(head.y for head in heads) + 8
+    values = sorted({round(facts.bits[way], 2) for way in found.ways.values()})
+    cells = []
+    for (layer, kind), way in cells_of.items():
+        bits, of = facts.bits[way], "outside the layers" if layer is None else f"layer {layer}"
+        place = (left + step_x * kinds.index(kind), top + step_y * layers.index(layer))
+        text = f"{round(bits, 1):g}" if step_x >= 26 and step_y >= 16 else ""
+        title = f"{kind}, {of}: {way}, {bits:.3g} bits per weight"
+        cells.append(Cell(*place, _level(round(bits, 2), values), text, title))
+    bottom = top + step_y * len(layers)
+    every = math.ceil(14 / step_y)
+    rows = [
+        Label(left - 8, top + step_y * (row + 0.5) + 3, name, "end")
+        for row, name in enumerate(names)
+        if row % every == 0
+    ]
+    frame = Frame(width, bottom + 4, left, left + step_x * len(kinds), top, bottom)
+    levels = {way: _level(round(facts.bits[way], 2), values) for way in dict.fromkeys(found.ways.values())}
+    told = sorted(levels, key=lambda way: facts.bits[way])
+    keys = tuple((levels[way], f"{way}: {facts.bits[way]:.3g} bits") for way in told)
+    return Grid(frame, (step_x - 2, step_y - 2), tuple(cells), (*rows, *heads), keys)
+
+
+def _staggered(words: Sequence[str], left: float, step: float) -> list[Label]:
+    """Words above columns, in as many lines as keep them apart."""
+    ends: list[float] = []
+    found = []
+    for place, word in enumerate(words):
+        long, middle = LETTER * len(word), left + step * (place + 0.5)
+        line = next((row for row, end in enumerate(ends) if end + 4 <= middle - long / 2), len(ends))
+        ends[line : line + 1] = [middle + long / 2]
+        found.append(Label(middle, 12 + LINE * line, word, "middle"))
+    return found
 
 
 def _level(value: float, values: Sequence[float]) -> int:

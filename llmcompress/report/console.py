@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
+from llmcompress.report.counted import WORDS, Counted, beside_base, shown
 from llmcompress.report.schema import EffortFacts, Interval, ModelFacts, Report, TrainingFacts
 
 if TYPE_CHECKING:
@@ -376,7 +377,7 @@ class WayLine(Protocol):
 
 
 class FoundModel(Protocol):
-    """The best model within a size, as a search found it."""
+    """The best model within a budget, as a search found it."""
 
     @property
     def asked(self) -> str: ...
@@ -385,6 +386,8 @@ class FoundModel(Protocol):
     @property
     def size_bytes(self) -> int: ...
     @property
+    def reached(self) -> float: ...
+    @property
     def expected_nats(self) -> float: ...
     @property
     def outside(self) -> str: ...
@@ -392,14 +395,23 @@ class FoundModel(Protocol):
     def rows(self) -> Sequence[WayLine]: ...
 
 
-def print_found(model: FoundModel, console: Console) -> None:
-    """Print what a search found for one size: the ways, their bytes, and what each is expected to cost."""
+def print_found(model: FoundModel, counted: Counted, base: float, console: Console) -> None:
+    """Print what a search found for one budget: the ways, their bytes, and what each is expected to cost.
+    `base` is what the base has of what is counted."""
     cells = [(row.way, str(row.linears), amount(row.size_bytes, "B"), nats(row.nats)) for row in model.rows]
-    _print(console, f"within {model.asked}", ("way", "linears", "bytes on disk", "expected KL"), cells)
+    _print(
+        console,
+        f"{WORDS[counted].within} {model.asked}",
+        ("way", "linears", "bytes on disk", "expected KL"),
+        cells,
+    )
     share = measured_percent(model.size_bytes / model.base_bytes)
+    reached = f"{shown(counted, model.reached)}, {beside_base(counted, model.reached, base)} of the base"
+    on_disk = f"{amount(model.size_bytes, 'B')} on disk, {share} of the base"
+    kind = WORDS[counted].column
+    told = on_disk if counted == "size" else f"{kind}: {reached}; {on_disk}"
     console.print(
-        f"{amount(model.size_bytes, 'B')}, {share} of the base; expected KL {nats(model.expected_nats)}; "
-        f"outside the layers: {model.outside}",
+        f"{told}; expected KL {nats(model.expected_nats)}; outside the layers: {model.outside}",
         highlight=False,
     )
 

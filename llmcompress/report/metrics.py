@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.errors import DataError, ModelError, first_line
+from llmcompress.formats.four_bit import FourBitLinear
 from llmcompress.kernels.float32_products import plain_float32_products
 from llmcompress.report.schema import DistributionFacts, EnvironmentFacts, FidelityFacts, Interval
 
@@ -337,7 +338,7 @@ def speed(
     through `no_grad`, as in `generate`: `inference_mode` could leave buffers in the model that training
     refuses later.
     """
-    sequence, memory = sequences[:1].to(next(model.parameters()).device), _tensor_bytes(model)
+    sequence, memory = sequences[:1].to(next(model.parameters()).device), tensor_bytes(model)
     prompt = sequence[:, : max(1, min(128, sequence.shape[1] - decode_tokens))]
     steps = min(decode_tokens, sequence.shape[1] - prompt.shape[1])
     training = model.training
@@ -350,11 +351,13 @@ def speed(
     return Speed(sequence.shape[1] / prefill_s, steps / decode_s if decode_s else None, memory)
 
 
-def _tensor_bytes(model: torch.nn.Module) -> int:
+def tensor_bytes(model: torch.nn.Module) -> int:
     """Bytes of the tensors that a model holds, shared ones once, including the scales that bitsandbytes keeps
-    beside its codes."""
+    beside its codes, and the codes that a 4-bit linear of ours keeps for its kernel."""
     seen: dict[tuple[str, int], int] = {}
-    for module in model.modules():
+    modules = [*model.modules()]
+    modules += [kernel for module in modules if isinstance(module, FourBitLinear) for kernel in module.kernel]
+    for module in modules:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             state = getattr(tensor, "quant_state", None)
             holders = (tensor, state, getattr(state, "state2", None), getattr(module, "state", None))

@@ -1,14 +1,15 @@
-"""The page of a report, report.html of an artefact: one file that needs no network and runs no script.
+"""The page of a report, report.html of an artefact, and that of a search: one file that needs no network and
+runs no script.
 
-Every number comes from the report. Text of models and of others is escaped by the templates, and characters
-that show nothing are spelled out. Equal reports give equal bytes.
+Every number comes from the report, or from search.json. Text of models and of others is escaped by the
+templates, and characters that show nothing are spelled out. Equal reports give equal bytes.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ from llmcompress.report.console import (
     time_rows,
     training_rows,
 )
+from llmcompress.report.counted import WORDS, beside_base, shown
 from llmcompress.report.model_card import install_command, loading_code
 from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import ContinuationFacts, Guesses, ParagraphFacts, Report
+from llmcompress.report.search_facts import FoundFacts, SearchFacts, UniformFacts
 from llmcompress.report.visible import visible
 
 if TYPE_CHECKING:
@@ -72,6 +75,96 @@ def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
     shared = [for_others(report) for _, report in reports]
     subjects = [Subject(name, report) for name, report in zip(names, shared, strict=True)]
     return _rendered(subjects, warning_of([(each.name, each.report) for each in subjects]))
+
+
+def search_page(facts: SearchFacts, recipes: Mapping[str, str]) -> str:
+    """Return the page of a search as HTML. `recipes` are the YAML of what was found by the name of its file;
+    pass them in their shared form."""
+    base, words = short_name(facts.model), WORDS[facts.counted]
+    return (
+        _environment()
+        .get_template("search.html")
+        .render(
+            title=f"Searched: {base}",
+            lead=_lead(facts),
+            axis=words.axis.capitalize(),
+            column=words.column,
+            within=words.within,
+            single="one format, no slower" if facts.counted == "tokens_per_s" else "one format, no larger",
+            picture=_both(lambda width: charts.frontier(facts, base, width)),
+            picture_words=f"{words.axis.capitalize()} against expected KL; the table below has the numbers",
+            rows=[_found_row(facts, each) for each in facts.found],
+            uniform=[
+                (each.way, each.outside, shown(facts.counted, each.reached), number(each.nats))
+                for each in sorted(facts.uniform, key=lambda each: each.reached)
+            ],
+            note=NOTES[facts.counted].format(context=facts.context),
+            found=[_found_view(facts, each, recipes[each.file]) for each in facts.found],
+        )
+    )
+
+
+NOTES = {
+    "size": "Bytes are those of the safetensors files. The expected KL is a sum over the linears, in "
+    "nats/token; a run measures the true one.",
+    "memory": "Memory is that of the loaded model's tensors, with the keys and values of {context} tokens. "
+    "The expected KL is a sum over the linears, in nats/token; a run measures the true one.",
+    "tokens_per_s": "Speed is that of writing, one token at a time, on the machine that searched: it follows "
+    "from the times of the linears and of the rest of a token. The expected KL is a sum over the linears, in "
+    "nats/token. A run measures both.",
+}
+
+
+def _lead(facts: SearchFacts) -> str:
+    base = f"{short_name(facts.model)} ({shown(facts.counted, facts.base)})"
+    return f"The format of each linear with the least expected loss within a budget, for {base}."
+
+
+def _single(model: UniformFacts) -> str:
+    return model.way if model.outside == charts.OUTSIDE_KEPT else f"{model.way}, {model.outside}"
+
+
+def _found_row(facts: SearchFacts, found: FoundFacts) -> dict[str, str]:
+    """A row of the table of what was found, beside the model of one format that loses least within it."""
+    at_least = facts.counted == "tokens_per_s"
+    fitting = [
+        each
+        for each in facts.uniform
+        if (each.reached >= found.reached if at_least else each.reached <= found.reached) and each.nats > 0
+    ]
+    single = min(fitting, key=lambda each: each.nats, default=None)
+    return {
+        "asked": found.asked,
+        "reached": shown(facts.counted, found.reached),
+        "share": beside_base(facts.counted, found.reached, facts.base),
+        "bytes": amount(found.size_bytes, "B"),
+        "kl": number(found.expected_nats),
+        "single": _single(single) if single else "none",
+        "single_kl": number(single.nats if single else None),
+    }
+
+
+def _found_view(facts: SearchFacts, found: FoundFacts, recipe: str) -> dict[str, Any]:
+    """What the template shows of one model that was found."""
+    words = WORDS[facts.counted]
+    reached, disk = shown(facts.counted, found.reached), amount(found.size_bytes, "B")
+    of_base = beside_base(facts.counted, found.reached, facts.base)
+    linears = [(name, way, number(facts.bits[way])) for name, way in found.ways.items()]
+    return {
+        "head": f"{words.within.capitalize()} {found.asked}",
+        "words": f"{reached}, {of_base} of the base{'' if facts.counted == 'size' else f', {disk} on disk'}; "
+        f"expected KL {nats(found.expected_nats)}. Outside the layers: {found.outside}.",
+        "rows": [
+            (row.way, f"{row.linears:,}", amount(row.size_bytes, "B"), number(row.nats)) for row in found.rows
+        ],
+        "grid": _both(lambda width: charts.ways_grid(facts, found, width)),
+        "grid_words": "Bits of each linear, layers from top to bottom: "
+        f"{', '.join(f'{row.linears} in {row.way}' for row in found.rows)}; a table below has all",
+        "linears": linears[:LINEARS],
+        "more_linears": len(linears) - len(linears[:LINEARS]),
+        "file": found.file,
+        "recipe": recipe,
+    }
 
 
 def _rendered(subjects: Sequence[Subject], warning: str | None) -> str:

@@ -5,7 +5,7 @@ touched and no display is needed. The files carry no date or version, so equal r
 takes half a second, most of it text layout.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,8 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, number
 from llmcompress.report.console import change
+from llmcompress.report.counted import WORDS, shown
 from llmcompress.report.depth import Points, by_kind, depth_of, placed_at
 from llmcompress.report.schema import Interval, Report, TrainingFacts
+from llmcompress.report.search_facts import SearchFacts
 
 # distinguishable with colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")
@@ -235,47 +237,38 @@ def _curve(axes: Axes, training: TrainingFacts) -> None:
     axes.legend(loc="best", frameon=False, fontsize=9)
 
 
-def frontier(
-    title: str,
-    found: Sequence[tuple[str, int, float]],
-    beside: Sequence[tuple[str, bool, int, float]],
-    path: Path,
-) -> None:
-    """Draw KL over bytes to a PNG at `path`: the models that a search `found` on a line, each by name, bytes
-    and nats/token, and `beside` it those of one format, which also say whether the weights outside the layers
-    are int8. Models without any loss are left out."""
+def frontier(facts: SearchFacts, base: str, path: Path) -> None:
+    """Draw KL over bytes, or what else is counted, to a PNG at `path`: the models that a search found on a
+    line, and beside it those of one format. Models without any loss are left out."""
     figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     for coded, label in ((False, "one format"), (True, "one format, int8 outside the layers")):
-        shown = [
-            (name, size, nats)
-            for name, coded_outside, size, nats in beside
-            if coded_outside == coded and nats > 0
-        ]
-        if not shown:
+        dots = [each for each in facts.uniform if (each.outside != "kept") == coded and each.nats > 0]
+        if not dots:
             continue
-        fill = "none" if coded else BEFORE
-        places = [(size, nats) for _, size, nats in shown]
+        x, y = [each.reached for each in dots], [each.nats for each in dots]
         axes.plot(
-            *zip(*places, strict=True), "o", color=BEFORE, markerfacecolor=fill, markersize=6, label=label
+            x, y, "o", color=BEFORE, markerfacecolor="none" if coded else BEFORE, markersize=6, label=label
         )
-        for name, size, nats in shown if not coded else ():
-            axes.annotate(name, (size, nats), (7, 3), textcoords="offset points", fontsize=7, color=INK)
-    line = [(size, nats) for _, size, nats in found if nats > 0]
-    if line:
-        axes.plot(*zip(*line, strict=True), color=AFTER, marker="D", markersize=6, label="found by search")
+        for each in dots if not coded else ():
+            at = (each.reached, each.nats)
+            axes.annotate(each.way, at, (7, 3), textcoords="offset points", fontsize=7, color=INK)
+    found = [each for each in facts.found if each.expected_nats > 0]
+    if found:
+        x, y = [each.reached for each in found], [each.expected_nats for each in found]
+        axes.plot(x, y, color=AFTER, marker="D", markersize=6, label="found by search")
     axes.legend(frameon=False, fontsize=9)
-    for name, size, nats in found:
-        if nats > 0:
-            axes.annotate(
-                name, (size, nats), (-6, -10), textcoords="offset points", ha="right", fontsize=9, color=AFTER
-            )
+    for one in found:
+        at = (one.reached, one.expected_nats)
+        axes.annotate(
+            one.asked, at, (-6, -10), textcoords="offset points", ha="right", fontsize=9, color=AFTER
+        )
     _plain(axes)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x, "B")))
-    axes.set_xlabel("bytes on disk")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(facts.counted, value)))
+    axes.set_xlabel(WORDS[facts.counted].axis)
     axes.set_ylabel("expected KL, nats/token")
-    axes.set_title(title, loc="left", color=INK)
+    axes.set_title(f"Found for {base}", loc="left", color=INK)
     _save(figure, path)
 
 

@@ -20,6 +20,7 @@ from llmcompress.cli.app import err, main, out
 from llmcompress.recipe import shipped
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import Result, shell
+from tests.report.test_search_page import facts
 
 COMMANDS = (
     "advise",
@@ -162,6 +163,29 @@ def test_what_can_not_be_compared_is_one_clear_line(shelf: Path, cli: Cli, tmp_p
     html = ("--html", tmp_path / "none" / "page.html")
     other = shutil.copytree(shelf / "out", tmp_path / "other")
     refused(cli("compare", shelf / "out", other, *html), "give another --html file", tmp_path)
+
+
+def test_a_search_is_within_one_kind_of_budget(cli: Cli, tmp_path: Path) -> None:
+    refused(
+        cli("search", "demo"), "search needs --size, like --size 40%, or --frontier, or --memory", tmp_path
+    )
+    both = ("search", "demo", "--size", "40%", "--tokens-per-s", "2x")
+    refused(cli(*both), "got --size and --tokens-per-s; give one of them", tmp_path)
+    refused(cli("search", "demo", "--frontier", "--memory", "1GB"), "got --size and --memory", tmp_path)
+    refused(
+        cli("search", "demo", "--size", "40%", "--context", "9"), "--memory counts; leave it out", tmp_path
+    )
+
+
+def test_the_report_of_a_search_is_printed_and_its_page_written(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(facts(context=512, counted="memory").model_dump_json())
+    done = cli("report", tmp_path)
+    assert done.code == 0, done.err
+    assert "in memory within 25%" in done.out and "in memory: 2.4 MB, 24.00 % of the base" in done.out
+    assert f"page: {tmp_path / 'search.html'}" in done.out.replace("\n", "")
+    assert "with the keys and values of 512 tokens" in (tmp_path / "search.html").read_text()
+    (tmp_path / "search.json").write_text("{}")
+    refused(cli("report", tmp_path), "search again to write it anew", tmp_path)
 
 
 def test_plan_says_what_to_expect_and_runs_nothing(shelf: Path, cli: Cli) -> None:

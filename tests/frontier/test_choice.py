@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from llmcompress.frontier.choice import Choice, Outer, best, counted, least, uniform
+from llmcompress.frontier.choice import BYTES, Choice, Outer, Quantity, best, counted, least, taken, uniform
 from llmcompress.frontier.costs import Cost, Priced
 from llmcompress.frontier.spelling import stages_of
 from llmcompress.frontier.ways import KEEP, MIXED, NATIVE, Palette, Way
@@ -52,9 +52,72 @@ def test_the_choice_is_the_best_there_is(seed: int) -> None:
     tried = [
         CODED.nats + sum(unit.costs[way.name].nats for unit, way in zip(units, taken, strict=True))
         for taken in product(ways, repeat=4)
-        if 600 + sum(unit.costs[way.name].own_bytes for unit, way in zip(units, taken, strict=True)) <= budget
+        if taken != (KEEP,) * 4
+        and 600 + sum(unit.costs[way.name].own_bytes for unit, way in zip(units, taken, strict=True))
+        <= budget
     ]
     assert found.nats == pytest.approx(min(tried))
+
+
+MEMORY = Quantity(
+    lambda unit, way, native: 3 * unit.costs[way].own_bytes + (10 if native else 25),
+    lambda outer: 7000 if outer.native else 6500,
+)
+
+
+def _time(unit: Priced, way: str, native: bool) -> int:
+    """Nanoseconds that do not fall with the bytes, as a format may be smaller and slower."""
+    return random.Random(f"{unit.linears} {way}").randint(10**5, 10**7)
+
+
+TIME = Quantity(_time, lambda outer: 3 * 10**6)
+
+
+@pytest.mark.parametrize("quantity", [BYTES, MEMORY, TIME], ids=["bytes", "memory", "nanoseconds"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_within_any_quantity(seed: int, quantity: Quantity) -> None:
+    """Against trying everything, in two palettes and with two ways outside the layers."""
+    draw = random.Random(seed)
+    native, mixed = Palette((KEEP, *MIXED.ways[2:4]), native=True), Palette((KEEP, *MIXED.ways[1:4]), False)
+    units = [priced(f"layers.{number}.up", draw, mixed.ways) for number in range(4)]
+    tried = []
+    for palette, outer in ((native, OUTSIDE), (mixed, OUTSIDE), (mixed, CODED)):
+        for ways in product(palette.ways, repeat=4):
+            if palette is mixed and outer is OUTSIDE and mixed.ways[1] not in ways:
+                continue  # plain transformers loads it, and the native palette has it
+            if outer is CODED and ways == (KEEP,) * 4:
+                continue  # quantize codes nothing outside the layers by itself
+            amount = taken(units, Choice(palette, outer, ways, 0.0, 0), quantity)
+            lost = sum(unit.costs[way.name].nats for unit, way in zip(units, ways, strict=True))
+            tried.append((amount, outer.nats + lost))
+    smallest, largest = min(tried)[0], max(tried)[0]
+    for share in (0.0, 0.3, 0.6):
+        budget = smallest + int(share * (largest - smallest))
+        found = best(units, [native, mixed], [OUTSIDE, CODED], budget, quantity)
+        wanted = min(nats for amount, nats in tried if amount <= budget)
+        assert found is not None and found.nats == pytest.approx(wanted)
+        assert taken(units, found, quantity) <= budget
+    assert best(units, [native, mixed], [OUTSIDE, CODED], smallest - 1, quantity) is None
+
+
+def test_one_linear_at_least_is_coded_beside_what_is_coded_outside_the_layers() -> None:
+    draw = random.Random(8)
+    units = [priced(f"layers.{number}.up", draw) for number in range(3)]
+    found = best(units, [MIXED], [CODED], 10**6)
+    assert found is not None
+    coded = [
+        unit.costs[way.name].nats for unit, way in zip(units, found.ways, strict=True) if way is not KEEP
+    ]
+    assert coded == [min(cost.nats for unit in units for name, cost in unit.costs.items() if name != "kept")]
+    assert stages_of(units, found)[0]["quantize"]["embedding"] == "int8"
+
+
+def test_a_model_of_one_way_says_what_it_takes() -> None:
+    draw = random.Random(7)
+    units = [priced(f"layers.{number}.up", draw) for number in range(3)]
+    (found,) = [each for each in uniform(units, [MIXED], [CODED], MEMORY) if each.way == "w8a16"]
+    assert found.taken == 6500 + sum(3 * unit.costs["w8a16"].own_bytes + 25 for unit in units)
+    assert found.size_bytes == 600 + sum(unit.costs["w8a16"].own_bytes for unit in units)
 
 
 def test_nothing_is_chosen_below_the_least_there_is() -> None:

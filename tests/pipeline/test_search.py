@@ -16,14 +16,20 @@ from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.frontier import costs
 from llmcompress.frontier.ways import palettes
-from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.from_disk import DiskModel, meta_model
 from llmcompress.modeling.sequential import untracked
-from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline import budgets
+from llmcompress.pipeline.compare import is_search, write_search_page
+from llmcompress.pipeline.plan import cached_per_token, plan_recipe
+from llmcompress.pipeline.resolve import config_of
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.search import Searched, prices_of, search, ways_of, write
 from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.counted import Counted
+from llmcompress.report.search_facts import SearchFacts
+from llmcompress.stages.budget.stage import Budget
 from tests.artefacts import CPU
-from tests.bases import save_base, write_text
+from tests.bases import known, save_base, write_text
 from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -198,7 +204,12 @@ def test_a_wrong_size_is_refused_in_one_line(place: Place, size: str, why: str) 
         ("[budget: {size: 12 parsecs}]", "is no size; write bytes like 60MB"),
         ("[tie, budget: {size: 40%}]", "budget comes first"),
         ("[budget: {size: 40%}, quantize]", "a quantised model can't be changed again"),
-        ("[budget: {}]", "budget.size"),
+        ("[budget: {}]", "a budget is one of size, memory, tokens_per_s, and got none"),
+        ("[budget: {size: 40%, memory: 1GB}]", "and got size and memory"),
+        ("[budget: {memory: much}]", "memory much is no size; write bytes like 60MB"),
+        ("[budget: {tokens_per_s: 0}]", "tokens_per_s 0 is no speed; write tokens/s like 30"),
+        ("[budget: {tokens_per_s: fast}]", "tokens_per_s fast is no speed"),
+        ("[budget: {size: 40%, context: 100}]", "context is the length of the cache that memory counts"),
     ],
 )
 def test_a_wrong_budget_is_refused_in_one_line(stages: str, why: str) -> None:
@@ -210,3 +221,145 @@ def test_a_budget_can_not_be_planned(place: Place) -> None:
     recipe = Recipe.parse("stages: [budget: {size: 40%}]")
     with pytest.raises(ModelError, match="`llmcompress search` writes the recipe"):
         plan_recipe(recipe, base=str(place.base))
+
+
+def test_what_is_found_for_a_memory_stays_within_it_once_it_is_loaded(place: Place, tmp_path: Path) -> None:
+    context = 100
+    searched = place.search("60%", of="memory", context=context)
+    (found,) = searched.found
+    report = run_recipe(found.recipe, tmp_path / "out")
+    model = meta_model(place.base, config_of(place.base), CPU)
+    cache = context * known(cached_per_token(model))
+    held = [known(each.memory_bytes) + cache for each in (report.base, report.compressed)]
+    assert searched.measure.base == held[0], "the base has what is counted of it"
+    assert held[1] <= found.reached <= 0.6 * held[0]
+    assert held[1] >= 0.97 * found.reached
+    assert found.file == "memory-60-percent.yaml" and found.size_bytes < found.base_bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_least_memory_has_int8_outside_the_layers(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    place = Place(tmp_path, tie_word_embeddings=tied)
+    with pytest.raises(CompressError, match="with the cache of 8 tokens") as caught:
+        place.search("1%", of="memory", context=8)
+    (found,) = place.search("33%", of="memory", context=8).found
+    assert found.outside != "kept" and "the smallest that loads with llmcompress has" in str(caught.value)
+    report = run_recipe(found.recipe, tmp_path / "out")
+    cache = 8 * known(cached_per_token(meta_model(place.base, config_of(place.base), CPU)))
+    assert 0.97 * found.reached <= known(report.compressed.memory_bytes) + cache <= found.reached
+
+
+def test_a_longer_context_leaves_less_for_the_weights(place: Place) -> None:
+    sizes = [place.search("120kB", of="memory", context=tokens).found[0].size_bytes for tokens in (10, 40)]
+    assert sizes[0] > sizes[1]
+
+
+def test_a_speed_out_of_reach_says_what_can_be_had_and_nothing_is_timed_twice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CompressError, match="the fastest that loads with llmcompress is expected") as first:
+        place.search("1000x", of="tokens_per_s")
+    with monkeypatch.context() as patched:
+        patched.setattr(budgets, "speed_of", None)
+        with pytest.raises(CompressError) as again:
+            place.search("1000x", of="tokens_per_s")
+    assert str(again.value) == str(first.value) and "\n" not in str(first.value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(budgets, "speed_of", lambda *_: None)
+    with pytest.raises(ModelError, match="too large to be loaded whole"):
+        place.search("1000x", of="tokens_per_s")
+
+
+def test_what_is_found_for_a_speed_is_expected_to_reach_it(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose times are given."""
+
+    def known_times(model: Any, shapes: dict[str, tuple[int, int]], offered: Any, *_: Any) -> budgets.Times:
+        linears = tuple(
+            (
+                *shape,
+                way.name,
+                palette.native,
+                100 if way.name == "kept" else 40 if way.name == "w8a16" else 60,
+            )
+            for shape in dict.fromkeys(shapes.values())
+            for palette in offered
+            for way in palette.ways
+        )
+        return budgets.Times(token=100 * len(shapes) + 900, linears=linears, head=(500, 300))
+
+    monkeypatch.setattr(budgets, "_times", known_times)
+    searched = place.search("1.25x", "1.1x", of="tokens_per_s")
+    fast, slow = searched.found
+    assert (fast.file, slow.file) == ("1.25x-tokens-per-s.yaml", "1.1x-tokens-per-s.yaml")
+    for found, factor in ((fast, 1.25), (slow, 1.1)):
+        coded = sum(way == "w8a16" for way in found.ways.values())
+        saved = 60 * coded + (200 if found.outside != "kept" else 0)
+        assert set(found.ways.values()) <= {"kept", "w8a16"}, "the fastest loses least here"
+        assert found.reached == pytest.approx(1e9 / (100 * len(found.ways) + 900 - saved))
+        assert found.reached >= factor * searched.measure.base
+    assert fast.expected_nats > slow.expected_nats
+    write(searched, tmp_path / "searched")
+    assert (tmp_path / "searched" / fast.file).is_file()
+    assert "Tokens/s of at least 1.25x" in (tmp_path / "searched" / "search.html").read_text()
+
+
+def test_the_speed_of_experts_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="how fast experts are is not timed"):
+        Place(tmp_path, "qwen3_moe").search("1.5x", of="tokens_per_s")
+
+
+@pytest.mark.parametrize(
+    ("of", "asked", "why"),
+    [
+        ("memory", "100%", "memory 100% is no less than the base, which has"),
+        ("memory", "lots", "memory lots is no size"),
+        ("tokens_per_s", "quick", "tokens_per_s quick is no speed; give tokens/s like 30"),
+        ("tokens_per_s", "0.5x", "tokens_per_s 0.5x is no faster than the base, which writes"),
+    ],
+)
+def test_a_wrong_budget_is_refused_before_formats_are_measured(
+    place: Place, of: Counted, asked: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompress.pipeline.search.prices_of", None)
+    with pytest.raises(CompressError, match=why):
+        place.search(asked, of=of)
+
+
+def test_a_budget_of_memory_in_a_recipe_gives_what_search_finds(place: Place, tmp_path: Path) -> None:
+    (found,) = place.search("60%", of="memory", context=50).found
+    place.run([{"budget": {"memory": "60%", "context": 50}}], tmp_path / "out")
+    assert Recipe.from_file(tmp_path / "out" / "recipe.yaml").stages == found.recipe.stages
+
+
+@pytest.mark.parametrize(
+    ("budget", "counted", "asked"),
+    [
+        ("{size: 40%}", "size", "40%"),
+        ("{memory: 2GB, context: 4096}", "memory", "2GB"),
+        ("{tokens_per_s: 1.5x}", "tokens_per_s", "1.5x"),
+        ("{tokens_per_s: 30}", "tokens_per_s", "30"),
+    ],
+)
+def test_a_budget_is_one_of_three(budget: str, counted: str, asked: str) -> None:
+    stage = Recipe.parse(f"stages: [budget: {budget}]").stages[0]
+    assert isinstance(stage, Budget)
+    assert (stage.counted, stage.asked) == (counted, asked)
+
+
+def test_a_search_writes_its_page_and_report_writes_it_anew(place: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "searched"
+    write(place.search("40%", "60%"), folder)
+    text = (folder / "search.html").read_text()
+    facts = SearchFacts.of(folder)
+    assert [each.file for each in facts.found] == ["40-percent.yaml", "60-percent.yaml"]
+    assert set(facts.found[0].ways.values()) <= facts.bits.keys()
+    assert str(place.base) not in text and "base: ./base" in text
+    (folder / "search.html").unlink()
+    assert is_search(folder) and write_search_page(folder).read_text() == text
+    assert not is_search(place.base)

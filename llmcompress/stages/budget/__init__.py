@@ -1,1 +1,1 @@
-"""The stage `budget`: a size, for which a search finds the stages."""
+"""The stage `budget`: a size, a memory or a speed, for which a search finds the stages."""

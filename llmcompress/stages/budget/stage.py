@@ -1,4 +1,4 @@
-"""A size in place of stages: `pipeline.search` finds the stages of the best model within it before a run.
+"""A budget in place of stages: `pipeline.search` finds the stages of the best model within it before a run.
 
 It is an entry of recipes and never runs: whoever runs a recipe puts what the search found in its place, so
 that the recipe of the result has every choice spelled out.
@@ -7,39 +7,82 @@ that the recipe of the result has every choice spelled out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from llmcompress.architectures.spec import LINEARS
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal
-from llmcompress.io.units import bytes_of, share_of
+from llmcompress.io.units import bytes_of, rate_of, share_of
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.report.counted import Counted
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "budget"
 
 
 class Budget(Stage):
-    """Finds the best model within a size: which format each linear is stored in."""
+    """Finds the best model within a size, a memory or a time per token: the format of each linear."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
 
-    size: str = Field(description="bytes of the result, like `60MB`, or a share of the base's, like `40%`")
+    size: str | None = Field(
+        default=None,
+        description="bytes of the files of the result, like `60MB`, or a share of the base's, like `40%`",
+    )
+    memory: str | None = Field(
+        default=None,
+        description="bytes in memory when the result generates, with the cache of `context` tokens, like "
+        "`2GB`, or a share of the base's, like `40%`",
+    )
+    tokens_per_s: str | float | None = Field(
+        default=None,
+        description="least speed of writing at batch size 1 on this machine: tokens/s like `30`, or a "
+        "multiple of the base's, like `1.5x`",
+    )
+    context: int | None = Field(
+        default=None, ge=1, le=10**9, description="tokens in the cache that `memory` counts; 2048 if not set"
+    )
     loads_with: Literal["transformers", "llmcompress"] = Field(
         default="llmcompress",
         description="what is to load the result: `transformers` alone, or `llmcompress`, with all formats",
     )
 
-    @field_validator("size")
-    @classmethod
-    def _a_size(cls, value: str) -> str:
-        if not (bytes_of(value) or share_of(value)):
-            raise ValueError("is no size; write bytes like 60MB, or a share of the base's like 40%")
-        return value
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Budget:
+        given = [name for name in get_args(Counted) if getattr(self, name) is not None]
+        if len(given) != 1:
+            told = f"and got {' and '.join(given)}" if given else "and got none"
+            raise ValueError(f"a budget is one of {', '.join(get_args(Counted))}, {told}")
+        if self.counted == "tokens_per_s":
+            if not rate_of(self.asked):
+                raise ValueError(
+                    f"tokens_per_s {self.asked} is no speed; write tokens/s like 30, or a multiple of the "
+                    "base's like 1.5x"
+                )
+        elif not (bytes_of(self.asked) or share_of(self.asked)):
+            raise ValueError(
+                f"{self.counted} {self.asked} is no size; write bytes like 60MB, or a share of the base's "
+                "like 40%"
+            )
+        if self.context is not None and self.memory is None:
+            raise ValueError("context is the length of the cache that memory counts; leave it out")
+        return self
+
+    @property
+    def counted(self) -> Counted:
+        """What the budget is of."""
+        given: list[Counted] = [name for name in get_args(Counted) if getattr(self, name) is not None]
+        return given[0]
+
+    @property
+    def asked(self) -> str:
+        """What is allowed of it."""
+        value = getattr(self, self.counted)
+        return value if isinstance(value, str) else f"{value:g}"
 
     @property
     def needs(self) -> int:
@@ -48,8 +91,13 @@ class Budget(Stage):
 
     @property
     def leaves(self) -> str:
-        """The size."""
-        return f"at most {self.size}"
+        """What is allowed."""
+        words = {
+            "size": "at most {}",
+            "memory": "at most {} in memory",
+            "tokens_per_s": "tokens/s of at least {}",
+        }
+        return words[self.counted].format(self.asked)
 
     @property
     def needs_plugin(self) -> bool:
