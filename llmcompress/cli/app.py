@@ -185,6 +185,15 @@ def search(
         Literal["transformers", "llmcompress"],
         typer.Option("--loads-with", help="What is to load the result."),
     ] = "llmcompress",
+    choose_among: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choose-among",
+            metavar="STAGE",
+            help="What may be done to a layer: quantize, prune. May be given again. Default: both.",
+            show_default=False,
+        ),
+    ] = None,
     data: options.Data = None,
     effort: options.EffortWord = None,
     out_: options.Out = Path("searched"),
@@ -196,6 +205,7 @@ def search(
     from llmcompress.pipeline.search import search as find
     from llmcompress.pipeline.search import write
     from llmcompress.report.console import print_found
+    from llmcompress.stages.budget.stage import CHOICES
 
     sizes = dict.fromkeys([*(size or ()), *(FRONTIER if frontier else ())])
     if not sizes:
@@ -204,6 +214,7 @@ def search(
         model,
         [*sizes],
         loads_with=loads_with,
+        choose_among=choose_among or CHOICES,
         data=data,
         effort=effort,
         device=device,

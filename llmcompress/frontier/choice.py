@@ -48,10 +48,11 @@ def best(
     units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer], budget: int
 ) -> Choice | None:
     """The choice with the least expected loss in at most `budget` bytes, or None if nothing is so small."""
+    plain = any(palette.native for palette in palettes)
     found = [
         choice
-        for palette, outer in _together(palettes, outers)
-        if (choice := _within(units, palette, outer, budget)) is not None
+        for palette, outer in together(palettes, outers)
+        if (choice := _within(units, palette, outer, budget, plain=plain)) is not None
     ]
     return min(found, key=lambda choice: (choice.nats, choice.size_bytes), default=None)
 
@@ -59,12 +60,12 @@ def best(
 def least(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer]) -> int:
     """The bytes of the smallest model that can be chosen."""
     return min(
-        outer.size_bytes + sum(min(_sizes(unit, palette).values()) for unit in units)
-        for palette, outer in _together(palettes, outers)
+        outer.size_bytes + sum(min(sizes_of(unit, palette).values()) for unit in units)
+        for palette, outer in together(palettes, outers)
     )
 
 
-def _together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
+def together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
     """The palettes with what may stand beside each outside the layers."""
     return [
         (palette, outer) for palette in palettes for outer in outers if outer.native or not palette.native
@@ -84,33 +85,37 @@ class Uniform:
 def uniform(units: Sequence[Priced], palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[Uniform]:
     """The models of one way, without ways that most linears can't take."""
     found: dict[tuple[str, str], Uniform] = {}
-    for palette, outer in _together(palettes, outers):
+    for palette, outer in together(palettes, outers):
         for way in palette.ways:
             if 2 * sum(way.name in unit.costs for unit in units) < len(units):
                 continue
             size, nats = outer.size_bytes, outer.nats
             for unit in units:
                 taken = way.name if way.name in unit.costs else KEEP.name
-                size += _sizes(unit, palette)[taken]
+                size += sizes_of(unit, palette)[taken]
                 nats += unit.costs[taken].nats
             found.setdefault((way.name, outer.name), Uniform(way.name, outer.name, size, nats))
     return list(found.values())
 
 
-def _sizes(unit: Priced, palette: Palette) -> dict[str, int]:
+def sizes_of(unit: Priced, palette: Palette) -> dict[str, int]:
     """The bytes of each way of a palette that a unit can take."""
     costs = {way.name: unit.costs[way.name] for way in palette.ways if way.name in unit.costs}
     return {name: cost.native_bytes if palette.native else cost.own_bytes for name, cost in costs.items()}
 
 
-def _within(units: Sequence[Priced], palette: Palette, outer: Outer, budget: int) -> Choice | None:
+def _within(
+    units: Sequence[Priced], palette: Palette, outer: Outer, budget: int, *, plain: bool
+) -> Choice | None:
+    """The choice within a budget, or None; `plain` says whether the model loads with transformers if its
+    linears do."""
     room = budget - outer.size_bytes
     if room <= 0:
         return None
     step = max(1, room // STEPS)
     options, ways = [], [way.name for way in palette.ways]
     for unit in units:
-        sizes = _sizes(unit, palette)
+        sizes = sizes_of(unit, palette)
         options.append(
             [
                 Option(ways.index(name), unit.costs[name].nats, -(-size // step))
@@ -120,10 +125,10 @@ def _within(units: Sequence[Priced], palette: Palette, outer: Outer, budget: int
     if sum(min(option.parameters for option in each) for each in options) > room // step:
         return None
     taken = [palette.ways[option.width] for option in allocate(options, room // step)]
-    if not palette.native and outer.native and _loads_plain(taken):
+    if plain and not palette.native and outer.native and _loads_plain(taken):
         return None  # the native palette says what such a model takes
     nats = sum(unit.costs[way.name].nats for unit, way in zip(units, taken, strict=True))
-    size = sum(_sizes(unit, palette)[way.name] for unit, way in zip(units, taken, strict=True))
+    size = sum(sizes_of(unit, palette)[way.name] for unit, way in zip(units, taken, strict=True))
     return Choice(palette, outer, tuple(taken), outer.nats + nats, outer.size_bytes + size)
 
 
@@ -140,6 +145,6 @@ def counted(units: Sequence[Priced], choice: Choice) -> list[tuple[str, int, int
     nats = dict.fromkeys([way.name for way in choice.palette.ways], 0.0)
     for unit, way in zip(units, choice.ways, strict=True):
         linears[way.name] += len(unit.linears)
-        sizes[way.name] += _sizes(unit, choice.palette)[way.name]
+        sizes[way.name] += sizes_of(unit, choice.palette)[way.name]
         nats[way.name] += unit.costs[way.name].nats
     return [(name, linears[name], sizes[name], nats[name]) for name in nats if linears[name]]

@@ -3,10 +3,9 @@ linear."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +20,17 @@ from llmcompress.frontier.outside import outers
 from llmcompress.frontier.spelling import stages_of
 from llmcompress.frontier.ways import KEPT, Loader, Palette, Way, palettes
 from llmcompress.integrations import distributed
-from llmcompress.integrations.distributed import ALONE
 from llmcompress.io import own_code
-from llmcompress.io.cache import cache_folder
-from llmcompress.io.journal import Journal, JournalFacts
+from llmcompress.io.journal import JournalFacts
 from llmcompress.io.local_names import short_name
-from llmcompress.io.safetensors_writer import discard, put, writing
-from llmcompress.io.scratch import scratch_folder
+from llmcompress.io.safetensors_writer import put, writing
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.io.units import amount
 from llmcompress.io.user_paths import path_of, shortened
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, untracked
-from llmcompress.pipeline.disk_store import source_digest
+from llmcompress.pipeline.narrowing import Narrowing
 from llmcompress.pipeline.resolve import (
     Base,
     bytes_within,
@@ -44,11 +40,10 @@ from llmcompress.pipeline.resolve import (
     find_base,
     pick_device,
     require_computable,
-    source_of,
 )
+from llmcompress.pipeline.search_cache import SearchCache
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.base import Context, naming_layer
-from llmcompress.stages.budget.stage import Budget
+from llmcompress.stages.budget.stage import CHOICES, Budget
 
 PRICES = "prices"  # entry of the journal of a finished search
 
@@ -75,6 +70,7 @@ class Found:
     expected_nats: float
     outside: str
     rows: tuple[WayRow, ...]
+    widths: Mapping[str, tuple[int, ...]]  # units that each layer keeps, of the axes that are cut
 
     @property
     def file(self) -> str:
@@ -118,6 +114,7 @@ def search(
     sizes: Sequence[str],
     *,
     loads_with: Loader = "llmcompress",
+    choose_among: Sequence[str] = CHOICES,
     data: str | DataSpec | None = None,
     effort: Effort | None = None,
     device: str | None = None,
@@ -134,6 +131,7 @@ def search(
         sizes: bytes of the files, like `60MB`, or a share of the base's, like `40%`.
         loads_with: `transformers` for a result that loads without llmcompress, or `llmcompress` for all
             formats.
+        choose_among: what may be done to a layer: `quantize`, or also `prune`.
         data: the text, as a `DataSpec` or as `--data` takes it.
         effort: how much text is read, as for `compress`; the recipe has it too.
         device: `cpu` or `cuda`; the first GPU where there is one.
@@ -147,7 +145,7 @@ def search(
     with own_code.permission(trust_remote_code):
         base = find_base(os.fspath(model))
         own_code.trust(base.folder)
-        return _searched(base, sizes, loads_with, data, effort, device, track)
+        return _searched(base, sizes, loads_with, choose_among, data, effort, device, track)
 
 
 def expanded(
@@ -165,7 +163,9 @@ def expanded(
         return recipe
     spec, word = data_of(recipe, data), effort or recipe.effort
     with distributed.first_alone():  # the others find what it measured
-        searched = _searched(base, [budget.size], budget.loads_with, spec, word, device, track)
+        searched = _searched(
+            base, [budget.size], budget.loads_with, budget.choose_among, spec, word, device, track
+        )
     return recipe.model_copy(update={"stages": (*searched.found[0].recipe.stages, *recipe.stages[1:])})
 
 
@@ -173,11 +173,21 @@ def _searched(
     base: Base,
     sizes: Sequence[str],
     loads_with: Loader,
+    choose_among: Sequence[str],
     data: str | DataSpec | None,
     effort: Effort | None,
     device: str | None,
     track: Track,
 ) -> Searched:
+    if unknown := [word for word in choose_among if word not in CHOICES]:
+        raise CompressError(
+            f"{argument('choose_among')} {shortened(unknown[0])} is no choice; use {' or '.join(CHOICES)}"
+        )
+    if "quantize" not in choose_among:
+        raise CompressError(
+            f"{argument('choose_among')} {' '.join(choose_among)} has no quantize; add it, or prune alone "
+            "with a recipe, as prune: {axis: ffn, size: ...}"
+        )
     where = pick_device(device)
     config_of(base.folder, base=True)
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
@@ -187,21 +197,39 @@ def _searched(
     budgets = {size: bytes_within(size, whole) for size in sizes}
     require_computable(read)
     text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
+    # the widths of all layers are one number where plain transformers, or one field of the config, says them
+    alike = loads_with == "transformers" or read.anatomy.cuts is not None
     del read  # the model is opened anew to be measured
     offered = palettes(loads_with)
-    prices = prices_of(opened, text, spec.seed, ways_of(offered), track)
+
+    def price(opened: Callable[[], DiskModel], known: Sequence[Priced] = ()) -> Prices:
+        return prices_of(opened, text, spec.seed, ways_of(offered), track, known)
+
+    prices = price(opened)
+    narrowing = None
+    if "prune" in choose_among:
+        narrowing = Narrowing(
+            base.folder, opened, text, spec.seed, offered, prices, price, uniform=alike, track=track
+        )
     found = []
     for size, budget in sorted(budgets.items(), key=lambda each: each[1]):
-        choice = best(prices.units, offered, prices.outers, budget)
+        alone = best(prices.units, offered, prices.outers, budget)
+        narrowed = narrowing.within(budget, alone) if narrowing else None
+        choice, units = (narrowed.choice, narrowed.units) if narrowed else (alone, prices.units)
         if choice is None:
-            smallest = least(prices.units, offered, prices.outers)
+            smallest = narrowing.least if narrowing else least(prices.units, offered, prices.outers)
             raise CompressError(
-                f"{argument('size')} {shortened(size)} is less than any choice of formats leaves; the "
-                f"smallest that loads with {loads_with} has {amount(smallest, 'B')}"
+                f"{argument('size')} {shortened(size)} is less than any choice of "
+                f"{'formats and widths' if narrowing else 'formats'} leaves; the smallest that loads with "
+                f"{loads_with} has {amount(smallest, 'B')}"
+                f"{'' if narrowing else ', and less with prune among the choices'}"
             )
-        recipe = _recipe(base, data, effort, stages_of(prices.units, choice))
-        rows = tuple(WayRow(*row) for row in counted(prices.units, choice))
-        found.append(Found(size, recipe, whole, choice.size_bytes, choice.nats, choice.outer.name, rows))
+        stages = [*(narrowed.stages if narrowed else []), *stages_of(units, choice)]
+        recipe = _recipe(base, data, effort, stages)
+        rows = tuple(WayRow(*row) for row in counted(units, choice))
+        nats = narrowed.expected if narrowed else choice.nats
+        widths = narrowed.counts if narrowed else {}
+        found.append(Found(size, recipe, whole, choice.size_bytes, nats, choice.outer.name, rows, widths))
     beside = uniform(prices.units, offered, prices.outers)
     return Searched(base.name, tuple(found), tuple(beside))
 
@@ -233,41 +261,27 @@ def ways_of(offered: Sequence[Palette]) -> list[Way]:
 
 
 def prices_of(
-    opened: Callable[[], DiskModel], text: CalibrationData, seed: int, ways: Sequence[Way], track: Track
+    opened: Callable[[], DiskModel],
+    text: CalibrationData,
+    seed: int,
+    ways: Sequence[Way],
+    track: Track,
+    known: Sequence[Priced] = (),
 ) -> Prices:
-    """What every way costs, from an earlier search of the same model and text or measured now. `opened` gives
-    the model anew each time."""
+    """What every way costs, from an earlier search of the same model and text or measured now, except for
+    linears whose costs are `known`. `opened` gives the model anew each time."""
     read = opened()
-    said = [
-        read.fingerprint(),
-        text.sha256,
-        seed,
-        source_digest(Path(__file__).parents[1]),
-        [[way.name, dict(way.settings)] for way in ways],
-    ]
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    place = cache_folder() / "searches" / key[:32]
-    kept = Journal(place, key, shared=True)
+    cache = SearchCache.of(read, text, seed, ways, known)
+    kept = cache.kept
     if kept.has(PRICES, 0):
         return kept.facts(PRICES, 0, Prices)
-    with scratch_folder() as scratch, naming_layer("search"):
-        context = Context(
-            teacher=lambda name: source_of(name or str(read.folder), read.device),
-            origin=range(len(read.layers)),
-            data=text,
-            journal=Journal(place / "layers", key, shared=True),
-            scratch=scratch,
-            cache=cache_folder(),
-            seed=seed,
-            track=track,
-            processes=ALONE,
-        )
+    with cache.context(read, text, seed, track) as context:
         read.divide_experts()
-        units = measured(read, context, ways)
+        units = measured(read, context, ways, known)
         outside = outers(read, units, opened, text.calibration, text.unscored)
     found = Prices(units=tuple(units), outers=tuple(outside))
     kept.save(PRICES, 0, {}, found)
-    discard(place / "layers")  # a finished search needs the prices alone
+    cache.tidy()
     return found
 
 

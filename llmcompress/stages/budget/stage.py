@@ -7,7 +7,7 @@ that the recipe of the result has every choice spelled out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,20 +19,36 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "budget"
+Chosen = Literal["quantize", "prune"]
+CHOICES: tuple[Chosen, ...] = ("quantize", "prune")  # what may be done to a layer, by default
 
 
 class Budget(Stage):
-    """Finds the best model within a size: which format each linear is stored in."""
+    """Finds the best model within a size: the format of each linear, and the width of each layer."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
+    newer: ClassVar[frozenset[str]] = frozenset({"choose_among"})
 
     size: str = Field(description="bytes of the result, like `60MB`, or a share of the base's, like `40%`")
     loads_with: Literal["transformers", "llmcompress"] = Field(
         default="llmcompress",
         description="what is to load the result: `transformers` alone, or `llmcompress`, with all formats",
     )
+
+    choose_among: Annotated[tuple[Chosen, ...], Field(min_length=1, strict=False)] = Field(
+        default=CHOICES,
+        description="what may be done to a layer: `quantize` gives each linear a format, `prune` each layer "
+        "its neurons and heads",
+    )
+
+    @field_validator("choose_among")
+    @classmethod
+    def _with_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "quantize" not in value:
+            raise ValueError("needs quantize; to prune alone, write prune: {axis: ffn, size: ...}")
+        return value
 
     @field_validator("size")
     @classmethod
