@@ -222,12 +222,14 @@ def _narrower(
 def _stored(
     coding: QuantScheme, rows: int, columns: int, *, native: bool
 ) -> tuple[tuple[str, tuple[int, ...], int], ...]:
-    """The tensors of a linear [rows, columns] on disk: names, shapes and bytes."""
+    """The tensors of a linear [rows, columns] on disk: names, shapes and bytes. The description of a native
+    linear whose scales are in 8 bits spells a number, so that its length is a few bytes off."""
     if isinstance(coding, CodebookScheme):  # its nearest levels take a k-means
         shapes = coding.layout.shapes(rows, columns)
         tensors = {
             name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
         }
     else:
-        tensors = registry.tensors_of(coding.nearest(torch.ones(rows, columns)), native=native)
+        W_RC = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        tensors = registry.tensors_of(coding.nearest(W_RC), native=native)
     return tuple((name, tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items())
