@@ -376,6 +376,8 @@ class FoundModel(Protocol):
     def outside(self) -> str: ...
     @property
     def rows(self) -> Sequence[WayLine]: ...
+    @property
+    def widths(self) -> Mapping[str, Sequence[int]]: ...
 
 
 def print_found(model: FoundModel, console: Console) -> None:
@@ -388,6 +390,8 @@ def print_found(model: FoundModel, console: Console) -> None:
         f"outside the layers: {model.outside}",
         highlight=False,
     )
+    for axis, counts in model.widths.items():
+        console.print(f"units of {axis} in a layer: {min(counts)} to {max(counts)}", highlight=False)
 
 
 # what is known of a model at each level of its anatomy
