@@ -183,7 +183,7 @@ def measure(model: str, rows: Sequence[str], sizes: Sequence[str], configuration
         os.environ["LLMCOMPRESS_CACHE"] = folder
         to = Measurement(model, Path(folder))
         if WIDTHS in rows:
-            for size in {*WIDE_SIZES} & {*sizes}:
+            for size in [size for size in WIDE_SIZES if size in sizes]:
                 (found,) = search(subject.base, [size], data=subject.data()).found
                 to.row(WIDTHS, size, stages_in(found), found.expected_nats)
         sizes = [size for size in sizes if size in SIZES]
