@@ -327,8 +327,9 @@ class HealingRow(Loss):
 
 
 class SearchRow(Loss):
-    """A model within a size: one that the search `found`, one of a `single` method, or one that is `random`
-    or was `drawn` for the rank correlation; with the loss that the search expected of it, if it did."""
+    """A model within a size: one that the search `found` among formats, or with `widths` among the choices,
+    one of a `single` method, or one that is `random` or was `drawn` for the rank correlation; with the loss
+    that the search expected of it, if it did."""
 
     model: str
     kind: str

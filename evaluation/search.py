@@ -3,7 +3,8 @@
     python -m evaluation search [--models demo wikilm-8m] [--rows ...] [--configurations 30]
 
 For each model the search is asked for 25, 35, 50 and 75 % of the base's bytes, and the recipes that it
-finds are run. Beside them are run the recipe of one format that is expected to lose least within each size,
+finds among formats alone are run, and those among formats and widths (`widths`), which also go down to 15 and
+20 %. Beside them are run the recipe of one format that is expected to lose least within each size,
 with or without int8 outside the layers; both with the same training of scales and levels (`healed`);
 pruning to the size; and choices of the search's formats drawn at random. Each row has the loss that the
 search expected of it. With --configurations so many more random choices are run on the demo model, for the
@@ -52,12 +53,15 @@ from llmcompress.recipe.recipe import Recipe
 
 NAME = "search"
 SIZES = ("25%", "35%", "50%", "75%")
+WIDTHS = "widths"
+WIDE_SIZES = ("15%", "20%", "25%", "35%")  # at which widths are searched too; more takes none
 FOUND, SINGLE, HEALED, RANDOM, DRAWN = "found", "single", "healed", "random", "drawn"
 RIVAL, BESIDE = "rival", "beside a rival"
 PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach
 HEALING_SIZES = ("25%", "35%")  # at which scales and levels are trained too
 HEALING = {"distill": {"train": "scales", "steps": 200, "batch": 4, "learning_rate": 1e-3}}
-ROWS = (FOUND, SINGLE, HEALED, "pruned", RANDOM)
+FORMATS = ("quantize",)
+ROWS = (FOUND, WIDTHS, SINGLE, HEALED, "pruned", RANDOM)
 
 
 def prices(subject: Subject) -> Prices:
@@ -178,7 +182,14 @@ def measure(model: str, rows: Sequence[str], sizes: Sequence[str], configuration
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LLMCOMPRESS_CACHE"] = folder
         to = Measurement(model, Path(folder))
-        searched = search(subject.base, sizes, data=subject.data())
+        if WIDTHS in rows:
+            for size in [size for size in WIDE_SIZES if size in sizes]:
+                (found,) = search(subject.base, [size], data=subject.data()).found
+                to.row(WIDTHS, size, stages_in(found), found.expected_nats)
+        sizes = [size for size in sizes if size in SIZES]
+        if not sizes:
+            return
+        searched = search(subject.base, sizes, choose_among=FORMATS, data=subject.data())
         whole, known_prices = searched.found[0].base_bytes, prices(subject)
         if FOUND in rows:
             for found in searched.found:
@@ -230,7 +241,8 @@ def beside_autoscheme(model: str, bits: float, threads: int) -> None:
         share = scored["size_bytes"] / scored["base_size_bytes"]
         row = f"AutoScheme, {bits:g} bits"
         to.write(RIVAL, row, {**loss, "share_of_bytes": share, "seconds": made["seconds"]})
-        (found,) = search(subject.base, [str(scored["size_bytes"])], data=subject.data()).found
+        within = [str(scored["size_bytes"])]
+        (found,) = search(subject.base, within, choose_among=FORMATS, data=subject.data()).found
         to.row(BESIDE, row, stages_in(found), found.expected_nats)
 
 
@@ -245,7 +257,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser(NAME, __doc__)
     options.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
     options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    options.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    every = sorted({*SIZES, *WIDE_SIZES})
+    options.add_argument("--sizes", nargs="+", choices=every, default=every)
     options.add_argument("--configurations", type=int, default=0, metavar="N")
     options.add_argument("--autoscheme", nargs="+", type=float, metavar="BITS", help="only this")
     given = machine.parse(options, argv)

@@ -451,6 +451,18 @@ def search(results: Results) -> str:
         drawn = correlations([row for row in of if row.kind == "drawn"])
         parts.append(heading(model, f"{drawn}{where(result.hardware)}"))
         parts.append(table(header, lines))
+        wide = [
+            [
+                f"{row.row}, {megabytes(row.size_bytes)} MB",
+                kl(row),
+                f"{row.expected_nats:.3g}" if row.expected_nats is not None else "",
+                kl(by_row.get(("found", row.row))) or "none so small",
+            ]
+            for row in of
+            if row.kind == "widths"
+        ]
+        if wide:
+            parts.append(table(["size", "with widths", "expected", "formats alone"], wide))
         rivals = [
             [row.row, megabytes(row.size_bytes), kl(row), *beside(by_row.get(("beside a rival", row.row)))]
             for row in of
@@ -918,10 +930,11 @@ SECTIONS = (
     ),
     Section(
         "The best model within a size",
-        "KL in nats/token of what `search` finds within a share of the base's bytes, beside what it "
-        "expected, the measured recipe of one format with the least loss at no more bytes, both after the "
-        "same 200 steps on scales and levels (`healed`), `ffn` and `kv` pruned to that size, and the "
-        "formats of the search at random: `python -m evaluation search`.",
+        "KL in nats/token of what `search` finds among formats within a share of the base's bytes, beside "
+        "what it expected, the measured recipe of one format with the least loss at no more bytes, both "
+        "after the same 200 steps on scales and levels (`healed`), `ffn` and `kv` pruned to that size, and "
+        "the formats of the search at random; then what it finds with widths among the choices: "
+        "`python -m evaluation search`.",
         search,
     ),
     Section(

@@ -45,18 +45,41 @@ def allocate(layers: Sequence[Sequence[Option]], budget: int, *, multiple: int =
         raise ValueError(
             f"the smallest layers there are have {least_left} parameters; the budget is {budget}"
         )
+    spent, _, taken = _added_up(fitting, budget)
+    return _origin(fitting, taken, len(spent) - 1)  # the last pair has the least loss
+
+
+def combinations(parts: Sequence[Sequence[Option]]) -> list[tuple[list[Option], int, float]]:
+    """Return the ways to take one option from every part that no other way beats on both sums, by rising
+    parameters: the options, the sum of their parameters, and the sum of their losses."""
+    most = sum(max(option.parameters for option in options) for options in parts)
+    spent, loss, taken = _added_up(parts, most)
+    return [
+        (_origin(parts, taken, pair), size, lost)
+        for pair, (size, lost) in enumerate(zip(spent.tolist(), loss.tolist(), strict=True))
+    ]
+
+
+def _added_up(layers: Sequence[Sequence[Option]], budget: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the frontier of all layers within a budget, and for each pair of each layer's frontier: its pair
+    in the layer before, times the number of options, plus its option."""
     spent, loss = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    # for each pair of a layer's frontier: its pair in the layer before, times options, plus its option
+    least_left = sum(min(option.parameters for option in options) for options in layers)
     taken: list[Tensor] = []
-    for options in fitting:
+    for options in layers:
         least_left -= min(option.parameters for option in options)
         parameters = torch.tensor([option.parameters for option in options])
         losses = torch.tensor([option.loss for option in options], dtype=torch.float64)
         spent, loss = (spent[:, None] + parameters).flatten(), (loss[:, None] + losses).flatten()
         taken.append(_frontier(spent, loss, budget - least_left))
         spent, loss = spent[taken[-1]], loss[taken[-1]]
-    pair, chosen = len(spent) - 1, []  # the last pair has the least loss
-    for options, origin in zip(reversed(fitting), reversed(taken), strict=True):
+    return spent, loss, taken
+
+
+def _origin(layers: Sequence[Sequence[Option]], taken: Sequence[Tensor], pair: int) -> list[Option]:
+    """The options that a pair of the last frontier is the sum of."""
+    chosen = []
+    for options, origin in zip(reversed(layers), reversed(taken), strict=True):
         pair, option = divmod(int(origin[pair]), len(options))
         chosen.append(options[option])
     return chosen[::-1]

@@ -208,6 +208,16 @@ def search(
         Literal["transformers", "llmcompress"],
         typer.Option("--loads-with", help="What is to load the result."),
     ] = "llmcompress",
+    choose_among: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choose-among",
+            metavar="STAGE",
+            help="What may be done to a layer: quantize, prune. May be given again. Default: both within a "
+            "size, else quantize.",
+            show_default=False,
+        ),
+    ] = None,
     data: options.Data = None,
     effort: options.EffortWord = None,
     out_: options.Out = Path("searched"),
@@ -233,6 +243,7 @@ def search(
         of=of,
         context=context or CONTEXT,
         loads_with=loads_with,
+        choose_among=choose_among,
         data=data,
         effort=effort,
         device=device,

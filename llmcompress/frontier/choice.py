@@ -71,10 +71,11 @@ def best(
 ) -> Choice | None:
     """The choice with the least expected loss within a budget of a quantity, or None if nothing is so
     small."""
+    plain = any(palette.native for palette in palettes)
     found = [
         choice
-        for palette, outer in _together(palettes, outers)
-        if (choice := _within(units, palette, outer, budget, quantity)) is not None
+        for palette, outer in together(palettes, outers)
+        if (choice := _within(units, palette, outer, budget, quantity, plain=plain)) is not None
     ]
     return min(found, key=lambda choice: (choice.nats, choice.size_bytes), default=None)
 
@@ -88,7 +89,7 @@ def least(
     """The least of a quantity that a model can take."""
     return min(
         quantity.outside(outer) + sum(min(_amounts(unit, palette, quantity).values()) for unit in units)
-        for palette, outer in _together(palettes, outers)
+        for palette, outer in together(palettes, outers)
     )
 
 
@@ -98,7 +99,7 @@ def taken(units: Sequence[Priced], choice: Choice, quantity: Quantity) -> int:
     return quantity.outside(choice.outer) + sum(quantity.of(unit, way.name, native) for unit, way in ways)
 
 
-def _together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
+def together(palettes: Sequence[Palette], outers: Sequence[Outer]) -> list[tuple[Palette, Outer]]:
     """The palettes with what may stand beside each outside the layers."""
     return [
         (palette, outer) for palette in palettes for outer in outers if outer.native or not palette.native
@@ -125,7 +126,7 @@ def uniform(
 ) -> list[Uniform]:
     """The models of one way, without ways that most linears can't take."""
     found: dict[tuple[str, str], Uniform] = {}
-    for palette, outer in _together(palettes, outers):
+    for palette, outer in together(palettes, outers):
         for way in palette.ways:
             if 2 * sum(way.name in unit.costs for unit in units) < len(units):
                 continue
@@ -135,6 +136,11 @@ def uniform(
             one = Uniform(way.name, outer.name, model.size_bytes, model.nats, amount)
             found.setdefault((way.name, outer.name), one)
     return list(found.values())
+
+
+def sizes_of(unit: Priced, palette: Palette) -> dict[str, int]:
+    """The bytes of each way of a palette that a unit can take."""
+    return _amounts(unit, palette, BYTES)
 
 
 def _amounts(unit: Priced, palette: Palette, quantity: Quantity) -> dict[str, int]:
@@ -150,8 +156,16 @@ def _chosen(units: Sequence[Priced], palette: Palette, outer: Outer, ways: tuple
 
 
 def _within(
-    units: Sequence[Priced], palette: Palette, outer: Outer, budget: int, quantity: Quantity
+    units: Sequence[Priced],
+    palette: Palette,
+    outer: Outer,
+    budget: int,
+    quantity: Quantity,
+    *,
+    plain: bool,
 ) -> Choice | None:
+    """The choice within a budget, or None; `plain` says whether the model loads with transformers if its
+    linears do."""
     amounts = [_amounts(unit, palette, quantity) for unit in units]
     leasts = [min(of.values()) for of in amounts]
     room = budget - quantity.outside(outer) - sum(leasts)
@@ -166,7 +180,7 @@ def _within(
         for unit, of, smallest in zip(units, amounts, leasts, strict=True)
     ]
     found = tuple(palette.ways[option.width] for option in allocate(options, room // step))
-    if not palette.native and outer.native and _loads_plain(found):
+    if plain and not palette.native and outer.native and _loads_plain(found):
         return None  # the native palette says what such a model takes
     if outer.name != KEEP.name and all(way is KEEP for way in found):
         return _with_one(units, palette, outer, budget, quantity)

@@ -67,12 +67,16 @@ class Priced(JournalFacts):
     costs: dict[str, Cost]
 
 
-def measured(model: LayerwiseModel, context: Context, ways: Sequence[Way]) -> list[Priced]:
-    """What each way costs the linears of all layers. A layer that the journal holds is not solved again."""
+def measured(
+    model: LayerwiseModel, context: Context, ways: Sequence[Way], known: Sequence[Priced] = ()
+) -> list[Priced]:
+    """What each way costs the linears of all layers, without those whose costs are `known`. A layer that the
+    journal holds is not solved again."""
     find_fisher(model, context)
     journal, layers = context.journal, len(model.layers)
     tokens = max(TOKENS, 8 * model.hidden_size)
     streams: dict[tuple[int, str], list[Tensor]] = {}
+    done = {unit.linears for unit in known}
     visited = walk(model, first_sequences(context.data.calibration, tokens), through=True, half=True)
     for layer in context.track(visited, "what each format costs", layers + 1):
         last = layer
@@ -80,20 +84,26 @@ def measured(model: LayerwiseModel, context: Context, ways: Sequence[Way]) -> li
             continue
         streams = {key: layer.outputs(states) for key, states in streams.items()}
         if not journal.has(COSTS, layer.index):
-            journal.save(COSTS, layer.index, *_priced(model, layer, ways, fisher(context, layer.index)))
+            units = [unit for unit in _units(model, layer) if _full(layer.name, unit) not in done]
+            journal.save(
+                COSTS, layer.index, *_priced(model, layer, units, ways, fisher(context, layer.index))
+            )
         for name, states in journal.load(COSTS, layer.index).items():
             streams[layer.index, name] = [states]
     full = last.limit.units(last.inputs)[:SAMPLE]
     found = divergences(model, full, streams, context.data.unscored)
-    priced = []
+    priced = list(known)
     for index in range(layers):
         facts = journal.facts(COSTS, index, LayerCosts)
         whole = {way: loss for (of, way), loss in found.items() if of == index}
-        prefix = model.layer_name(index)
         for unit, costs in zip(facts.units, _corrected(facts.costs, whole), strict=True):
-            names = tuple(f"{prefix}.{linear}" for linear in unit)
-            priced.append(Priced(linears=names, costs=costs))
+            priced.append(Priced(linears=_full(model.layer_name(index), unit), costs=costs))
     return priced
+
+
+def _full(layer: str, unit: Unit) -> Unit:
+    """The full names of the linears of a layer."""
+    return tuple(f"{layer}.{linear}" for linear in unit)
 
 
 def _corrected(costs: Sequence[Mapping[str, Cost]], measured: Mapping[str, float]) -> list[dict[str, Cost]]:
@@ -113,11 +123,10 @@ def _corrected(costs: Sequence[Mapping[str, Cost]], measured: Mapping[str, float
 
 @torch.no_grad()
 def _priced(
-    model: LayerwiseModel, layer: DecoderLayer, ways: Sequence[Way], F_DD: Tensor
+    model: LayerwiseModel, layer: DecoderLayer, units: Sequence[Unit], ways: Sequence[Way], F_DD: Tensor
 ) -> tuple[dict[str, Tensor], LayerCosts]:
-    """Price all ways for the units of a layer. Returns also the states that leave the layer if all its units
+    """Price all ways for some units of a layer. Returns also the states that leave the layer if all of these
     take a way, by way."""
-    units = _units(model, layer)
     weights = {linear: layer.weight(linear) for unit in units for linear in unit}
     shapes = {linear: (len(W_RC), W_RC.shape[1]) for linear, W_RC in weights.items()}
     moments = dict(_moments(layer, weights))

@@ -99,13 +99,19 @@ def _rounded(
         else:
             packed = IntegerScheme(IntegerLayout("w8a16")).nearest(W_VD)
             rounded.model.get_parameter(f"{name}.weight").data = registry.dequantize(packed).to(W_VD)
-    lost, scored = 0.0, 0
+    return lost(model, rounded, sequences, unscored)
+
+
+@torch.no_grad()
+def lost(model: LayerwiseModel, other: LayerwiseModel, sequences: Tensor, unscored: int) -> float:
+    """KL in nats/token of another model's predictions from those of `model`."""
+    total, scored = 0.0, 0
     for ours, theirs in zip(
-        logits(rounded, sequences, unscored=unscored),
+        logits(other, sequences, unscored=unscored),
         logits(model, sequences, unscored=unscored),
         strict=True,
     ):
         count = theirs[..., 0].numel()
-        lost += divergence(theirs.float().log_softmax(-1), ours) * count
+        total += divergence(theirs.float().log_softmax(-1), ours) * count
         scored += count
-    return lost / scored
+    return total / scored

@@ -22,8 +22,9 @@ from llmcompress.formats import registry
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.bitsandbytes_layout import Packed, double_quantize
 from llmcompress.formats.codebook import CodebookWeight
+from llmcompress.formats.ggml import GROUP_SIZE, GgmlWeight
 from llmcompress.formats.integer import Int8Weight, IntegerWeight
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, Int8Scheme, QuantScheme
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GgmlScheme, Int8Scheme, QuantScheme
 from llmcompress.frontier.choice import Outer, Quantity
 from llmcompress.frontier.costs import Priced
 from llmcompress.frontier.ways import KEEP, Palette, Way
@@ -178,6 +179,8 @@ def _codes(coding: QuantScheme, R: int, C: int) -> registry.StoredWeight:
         return Packed(codes(16), scale_RG, coding.format, coding.group_size, coding.dtype, nested)
     if isinstance(coding, Int8Scheme):
         return Int8Weight(codes(100, torch.int8), torch.ones(R))
+    if isinstance(coding, GgmlScheme):
+        return GgmlWeight(codes(16), torch.ones(R, C // GROUP_SIZE, dtype=torch.float16), coding.layout)
     return IntegerWeight(codes(100, torch.int8), torch.ones(R), coding.scheme)
 
 

@@ -79,8 +79,9 @@ class Measure:
         """What a model has that takes so much: bytes, or tokens/s."""
         return SECOND / taken if self.counted == "tokens_per_s" else taken
 
-    def out_of_reach(self, asked: str, least: int, loads_with: Loader) -> CompressError:
-        """The error if no choice is within what was asked, and one takes the `least`."""
+    def out_of_reach(self, asked: str, least: int, loads_with: Loader, *, widths: bool) -> CompressError:
+        """The error if no choice of formats, and of `widths` if they are chosen too, is within what was
+        asked, and one takes the `least`."""
         given, most = f"{argument(self.counted)} {shortened(asked)}", self.reached(least)
         if self.counted == "tokens_per_s":
             return CompressError(
@@ -89,9 +90,11 @@ class Measure:
                 "base"
             )
         beside = f" with the cache of {self.context} tokens" if self.counted == "memory" else ""
+        if self.counted == "size" and not widths:
+            beside = ", and less with prune among the choices"
         return CompressError(
-            f"{given} is less than any choice of formats leaves; the smallest that loads with {loads_with} "
-            f"has {shown(self.counted, most)}{beside}"
+            f"{given} is less than any choice of {'formats and widths' if widths else 'formats'} leaves; the "
+            f"smallest that loads with {loads_with} has {shown(self.counted, most)}{beside}"
         )
 
 

@@ -3,7 +3,6 @@ each format costs each linear."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +13,24 @@ from typing import Any
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec, Effort
-from llmcompress.errors import OutputError, argument
+from llmcompress.errors import CompressError, OutputError, argument
 from llmcompress.frontier.choice import Outer, Uniform, best, counted, least, taken, uniform
 from llmcompress.frontier.costs import Priced, measured
 from llmcompress.frontier.outside import outers
 from llmcompress.frontier.spelling import stages_of
 from llmcompress.frontier.ways import Loader, Palette, Way, palettes
 from llmcompress.integrations import distributed
-from llmcompress.integrations.distributed import ALONE
 from llmcompress.io import own_code
-from llmcompress.io.cache import cache_folder
-from llmcompress.io.journal import Journal, JournalFacts
+from llmcompress.io.journal import JournalFacts
 from llmcompress.io.local_names import short_name
-from llmcompress.io.safetensors_writer import discard, put, writing
-from llmcompress.io.scratch import scratch_folder
+from llmcompress.io.safetensors_writer import put, writing
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.io.user_paths import path_of
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.pipeline.budgets import CONTEXT, Measure, of_memory, of_size, of_speed
-from llmcompress.pipeline.disk_store import source_digest
+from llmcompress.pipeline.narrowing import Narrowing
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -43,14 +39,13 @@ from llmcompress.pipeline.resolve import (
     find_base,
     pick_device,
     require_computable,
-    source_of,
 )
+from llmcompress.pipeline.search_cache import SearchCache
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.counted import Counted
 from llmcompress.report.page import search_page
 from llmcompress.report.search_facts import FILE, PAGE, SearchFacts
-from llmcompress.stages.base import Context, naming_layer
-from llmcompress.stages.budget.stage import Budget
+from llmcompress.stages.budget.stage import CHOICES, Budget, unfit
 
 PRICES = "prices"  # entry of the journal of a finished search
 
@@ -81,6 +76,7 @@ class Found:
     counted: Counted
     reached: float
     ways: Mapping[str, str]  # by linear
+    widths: Mapping[str, tuple[int, ...]]  # units that each layer keeps, of the axes that are cut
 
     @property
     def file(self) -> str:
@@ -126,6 +122,31 @@ class Searched:
         }
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a search of a model is asked."""
+
+    budgets: Sequence[str]
+    of: Counted
+    context: int
+    loads_with: Loader
+    choose_among: Sequence[str] | None
+    data: str | DataSpec | None
+    effort: Effort | None
+    device: str | None
+    track: Track
+
+    @property
+    def spec(self) -> DataSpec:
+        """Which text is read."""
+        return DataSpec().with_text(self.data) if isinstance(self.data, str) else self.data or DataSpec()
+
+    @property
+    def choices(self) -> Sequence[str]:
+        """What may be done to a layer."""
+        return self.choose_among or (CHOICES if self.of == "size" else ("quantize",))
+
+
 class Prices(JournalFacts):
     """What a search measured: enough to choose for any size."""
 
@@ -141,6 +162,7 @@ def search(
     of: Counted = "size",
     context: int = CONTEXT,
     loads_with: Loader = "llmcompress",
+    choose_among: Sequence[str] | None = None,
     data: str | DataSpec | None = None,
     effort: Effort | None = None,
     device: str | None = None,
@@ -161,6 +183,8 @@ def search(
         context: tokens in the cache that `memory` counts.
         loads_with: `transformers` for a result that loads without llmcompress, or `llmcompress` for all
             formats.
+        choose_among: what may be done to a layer: `quantize`, or also `prune`, which `of="size"` alone takes
+            and has by default.
         data: the text, as a `DataSpec` or as `--data` takes it.
         effort: how much text is read, as for `compress`; the recipe has it too.
         device: `cpu` or `cuda`; the first GPU where there is one.
@@ -174,7 +198,8 @@ def search(
     with own_code.permission(trust_remote_code):
         base = find_base(os.fspath(model))
         own_code.trust(base.folder)
-        return _searched(base, budgets, of, context, loads_with, data, effort, device, track)
+        asked = Question(budgets, of, context, loads_with, choose_among, data, effort, device, track)
+        return _searched(base, asked)
 
 
 def expanded(
@@ -192,72 +217,96 @@ def expanded(
         return recipe
     spec, word = data_of(recipe, data), effort or recipe.effort
     with distributed.first_alone():  # the others find what it measured
-        context, asked = budget.context or CONTEXT, [budget.asked]
-        searched = _searched(
-            base, asked, budget.counted, context, budget.loads_with, spec, word, device, track
+        asked = Question(
+            [budget.asked],
+            budget.counted,
+            budget.context or CONTEXT,
+            budget.loads_with,
+            budget.choose_among,
+            spec,
+            word,
+            device,
+            track,
         )
+        searched = _searched(base, asked)
     return recipe.model_copy(update={"stages": (*searched.found[0].recipe.stages, *recipe.stages[1:])})
 
 
-def _searched(
-    base: Base,
-    asked: Sequence[str],
-    of: Counted,
-    context: int,
-    loads_with: Loader,
-    data: str | DataSpec | None,
-    effort: Effort | None,
-    device: str | None,
-    track: Track,
-) -> Searched:
-    where = pick_device(device)
+def _searched(base: Base, asked: Question) -> Searched:
+    if wrong := unfit(asked.choices, asked.of):
+        raise CompressError(f"{argument('choose_among')} {wrong}")
+    where = pick_device(asked.device)
     config_of(base.folder, base=True)
-    spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
+    spec = asked.spec
     opened = partial(DiskModel, base.folder, where)
     read = opened()
-    whole, dtype, offered = read.checkpoint.size_bytes, read.weight_dtype, palettes(loads_with)
-    if of == "size":  # a wrong one is refused before anything is computed
-        of_size(whole).limits(asked)
+    whole, dtype, offered = read.checkpoint.size_bytes, read.weight_dtype, palettes(asked.loads_with)
+    if asked.of == "size":  # a wrong one is refused before anything is computed
+        of_size(whole).limits(asked.budgets)
     require_computable(read)
-    text = calibration_data(read, spec, tokenizer_of(base.folder), effort=effort)
-    measure = of_size(whole)
-    if of == "memory":
-        measure = of_memory(read, offered, context)
-    elif of == "tokens_per_s":
-        measure = of_speed(read, offered, text, track)
-    limits = measure.limits(asked)
+    text = calibration_data(read, spec, tokenizer_of(base.folder), effort=asked.effort)
+    measure = _measure(asked, read, offered, text)
+    limits = measure.limits(asked.budgets)
+    # the widths of all layers are one number where plain transformers, or one field of the config, says them
+    alike = asked.loads_with == "transformers" or read.anatomy.cuts is not None
     del read  # the model is opened anew to be measured
-    prices = prices_of(opened, text, spec.seed, ways_of(offered), track)
-    units, outside, found = prices.units, prices.outers, list[Found]()
+
+    def price(opened: Callable[[], DiskModel], known: Sequence[Priced] = ()) -> Prices:
+        return prices_of(opened, text, spec.seed, ways_of(offered), asked.track, known)
+
+    prices = price(opened)
+    narrowing = None
+    if "prune" in asked.choices:
+        narrowing = Narrowing(
+            base.folder, opened, text, spec.seed, offered, prices, price, uniform=alike, track=asked.track
+        )
+    found = []
     for words, limit in limits:
-        choice = best(units, offered, outside, limit, measure.quantity)
+        alone = best(prices.units, offered, prices.outers, limit, measure.quantity)
+        narrowed = narrowing.within(limit, alone) if narrowing else None
+        choice, units = (narrowed.choice, narrowed.units) if narrowed else (alone, prices.units)
         if choice is None:
-            smallest = least(units, offered, outside, measure.quantity)
-            raise measure.out_of_reach(words, smallest, loads_with)
+            smallest = (
+                narrowing.least
+                if narrowing
+                else least(prices.units, offered, prices.outers, measure.quantity)
+            )
+            raise measure.out_of_reach(words, smallest, asked.loads_with, widths=narrowing is not None)
+        stages = [*(narrowed.stages if narrowed else []), *stages_of(units, choice)]
         found.append(
             Found(
                 asked=words,
-                recipe=_recipe(base, data, effort, stages_of(units, choice)),
+                recipe=_recipe(base, asked.data, asked.effort, stages),
                 base_bytes=whole,
                 size_bytes=choice.size_bytes,
-                expected_nats=choice.nats,
+                expected_nats=narrowed.expected if narrowed else choice.nats,
                 outside=choice.outer.name,
                 rows=tuple(WayRow(*row) for row in counted(units, choice)),
-                counted=of,
+                counted=asked.of,
                 reached=measure.reached(taken(units, choice, measure.quantity)),
                 ways={
                     linear: way.name
                     for unit, way in zip(units, choice.ways, strict=True)
                     for linear in unit.linears
                 },
+                widths=narrowed.counts if narrowed else {},
             )
         )
-    beside = uniform(units, offered, outside, measure.quantity)
+    beside = uniform(prices.units, offered, prices.outers, measure.quantity)
     codings = {way.name: way.coding(dtype) for way in ways_of(offered)}
     bits = {
         name: float(8 * dtype.itemsize if coding is None else coding.bits) for name, coding in codings.items()
     }
     return Searched(base.name, tuple(found), tuple(beside), measure, bits)
+
+
+def _measure(asked: Question, model: DiskModel, offered: Sequence[Palette], text: CalibrationData) -> Measure:
+    """What the budget is of, on this model."""
+    if asked.of == "memory":
+        return of_memory(model, offered, asked.context)
+    if asked.of == "tokens_per_s":
+        return of_speed(model, offered, text, asked.track)
+    return of_size(model.checkpoint.size_bytes)
 
 
 def write(searched: Searched, out: Path) -> None:
@@ -291,41 +340,27 @@ def ways_of(offered: Sequence[Palette]) -> list[Way]:
 
 
 def prices_of(
-    opened: Callable[[], DiskModel], text: CalibrationData, seed: int, ways: Sequence[Way], track: Track
+    opened: Callable[[], DiskModel],
+    text: CalibrationData,
+    seed: int,
+    ways: Sequence[Way],
+    track: Track,
+    known: Sequence[Priced] = (),
 ) -> Prices:
-    """What every way costs, from an earlier search of the same model and text or measured now. `opened` gives
-    the model anew each time."""
+    """What every way costs, from an earlier search of the same model and text or measured now, except for
+    linears whose costs are `known`. `opened` gives the model anew each time."""
     read = opened()
-    said = [
-        read.fingerprint(),
-        text.sha256,
-        seed,
-        source_digest(Path(__file__).parents[1]),
-        [[way.name, dict(way.settings)] for way in ways],
-    ]
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    place = cache_folder() / "searches" / key[:32]
-    kept = Journal(place, key, shared=True)
+    cache = SearchCache.of(read, text, seed, ways, known)
+    kept = cache.kept
     if kept.has(PRICES, 0):
         return kept.facts(PRICES, 0, Prices)
-    with scratch_folder() as scratch, naming_layer("search"):
-        context = Context(
-            teacher=lambda name: source_of(name or str(read.folder), read.device),
-            origin=range(len(read.layers)),
-            data=text,
-            journal=Journal(place / "layers", key, shared=True),
-            scratch=scratch,
-            cache=cache_folder(),
-            seed=seed,
-            track=track,
-            processes=ALONE,
-        )
+    with cache.context(read, text, seed, track) as context:
         read.divide_experts()
-        units = measured(read, context, ways)
+        units = measured(read, context, ways, known)
         outside = outers(read, units, opened, text.calibration, text.unscored)
     found = Prices(units=tuple(units), outers=tuple(outside))
     kept.save(PRICES, 0, {}, found)
-    discard(place / "layers")  # a finished search needs the prices alone
+    cache.tidy()
     return found
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
 from llmcompress.report.counted import WORDS, Counted, beside_base, shown
 from llmcompress.report.schema import EffortFacts, Interval, ModelFacts, Report, TrainingFacts
+from llmcompress.report.search_facts import width_words
 
 if TYPE_CHECKING:
     from llmcompress.report.comparison import ComparedRow
@@ -393,6 +394,8 @@ class FoundModel(Protocol):
     def outside(self) -> str: ...
     @property
     def rows(self) -> Sequence[WayLine]: ...
+    @property
+    def widths(self) -> Mapping[str, Sequence[int]]: ...
 
 
 def print_found(model: FoundModel, counted: Counted, base: float, console: Console) -> None:
@@ -414,6 +417,8 @@ def print_found(model: FoundModel, counted: Counted, base: float, console: Conso
         f"{told}; expected KL {nats(model.expected_nats)}; outside the layers: {model.outside}",
         highlight=False,
     )
+    for line in width_words(model.widths):
+        console.print(line, highlight=False)
 
 
 # what is known of a model at each level of its anatomy

@@ -33,7 +33,7 @@ from llmcompress.report.counted import WORDS, beside_base, shown
 from llmcompress.report.model_card import install_command, loading_code
 from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import ContinuationFacts, Guesses, ParagraphFacts, Report
-from llmcompress.report.search_facts import FoundFacts, SearchFacts, UniformFacts
+from llmcompress.report.search_facts import FoundFacts, SearchFacts, UniformFacts, width_words
 from llmcompress.report.visible import visible
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def _found_view(facts: SearchFacts, found: FoundFacts, recipe: str) -> dict[str,
         "head": f"{words.within.capitalize()} {found.asked}",
         "words": f"{reached}, {of_base} of the base{'' if facts.counted == 'size' else f', {disk} on disk'}; "
         f"expected KL {nats(found.expected_nats)}. Outside the layers: {found.outside}.",
+        "widths": width_words(found.widths),
         "rows": [
             (row.way, f"{row.linears:,}", amount(row.size_bytes, "B"), number(row.nats)) for row in found.rows
         ],

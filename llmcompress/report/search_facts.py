@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,8 @@ class WayFacts(_Facts):
 
 
 class FoundFacts(_Facts):
-    """The best choice within a budget: `reached` is in what the budget counts, `ways` by linear."""
+    """The best choice within a budget: `reached` is in what the budget counts, `ways` by linear, `widths` the
+    units that each layer keeps by axis."""
 
     file: str
     asked: str
@@ -52,7 +54,13 @@ class FoundFacts(_Facts):
     outside: str
     rows: tuple[WayFacts, ...]
     ways: Annotated[dict[str, str], Field(min_length=1)]
+    widths: dict[str, Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]] = {}
     recipe: dict[str, Any]
+
+
+def width_words(widths: Mapping[str, Sequence[int]]) -> list[str]:
+    """How many units the layers keep, a line for each axis that is cut."""
+    return [f"units of {axis} in a layer: {min(kept)} to {max(kept)}" for axis, kept in widths.items()]
 
 
 class UniformFacts(_Facts):

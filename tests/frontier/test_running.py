@@ -145,7 +145,7 @@ def test_a_speed_is_a_time_and_a_time_a_speed() -> None:
     assert measure.limit("2x") == 500 and measure.limit("2000000") == 500
     assert measure.reached(500) == 2e6
     assert [words for words, _ in measure.limits(["1.5x", "2x", "1.5x"])] == ["2x", "1.5x"]
-    told = str(measure.out_of_reach("9x", 500, "llmcompress"))
+    told = str(measure.out_of_reach("9x", 500, "llmcompress", widths=False))
     assert (
         "tokens_per_s 9x is faster than any choice of formats runs here" in told and "2.00x the base" in told
     )
@@ -154,7 +154,7 @@ def test_a_speed_is_a_time_and_a_time_a_speed() -> None:
 def test_a_memory_is_bytes_or_a_share() -> None:
     measure = Measure("memory", timed_measure(times(1000), {}, "", True).quantity, 5000, 64)
     assert measure.limit("40%") == 2000 and measure.limit("3kB") == 3000
-    assert "with the cache of 64 tokens" in str(measure.out_of_reach("1%", 100, "transformers"))
+    assert "with the cache of 64 tokens" in str(measure.out_of_reach("1%", 100, "transformers", widths=False))
 
 
 def test_a_head_is_timed_in_int8_alone() -> None:

@@ -27,7 +27,7 @@ from llmcompress.pipeline.search import Searched, prices_of, search, ways_of, wr
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.counted import Counted
 from llmcompress.report.search_facts import SearchFacts
-from llmcompress.stages.budget.stage import Budget
+from llmcompress.stages.budget.stage import CHOICES, Budget
 from tests.artefacts import CPU
 from tests.bases import known, save_base, write_text
 from tests.models import tiny
@@ -47,7 +47,9 @@ class Place:
         self.data: dict[str, Any] = {"source": source, "samples": 8, "length": 32, "evaluation_samples": 4}
 
     def search(self, *sizes: str, **settings: Any) -> Searched:
-        return search(self.base, sizes, data=json.dumps(self.data), **settings)
+        """Search among formats alone, unless told otherwise."""
+        asked = {"choose_among": ["quantize"], **settings}
+        return search(self.base, sizes, data=json.dumps(self.data), **asked)
 
     def run(self, stages: list[dict[str, Any]], out: Path) -> Path:
         entries = {"base": str(self.base), "data": self.data, "stages": stages}
@@ -133,7 +135,7 @@ def test_what_loads_with_transformers_needs_no_plugin(place: Place, tmp_path: Pa
 
 
 def test_a_budget_gives_the_bytes_of_the_recipe_that_search_writes(place: Place, tmp_path: Path) -> None:
-    searched = place.search("40%")
+    searched = place.search("40%", choose_among=CHOICES)
     write(searched, tmp_path / "searched")
     written = Recipe.from_file(tmp_path / "searched" / "40-percent.yaml")
     assert (tmp_path / "searched" / "frontier.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ that the recipe of the result has every choice spelled out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -15,19 +15,35 @@ from llmcompress.architectures.spec import LINEARS
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal
 from llmcompress.io.units import bytes_of, rate_of, share_of
+from llmcompress.io.user_paths import shortened
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.report.counted import Counted
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "budget"
+Chosen = Literal["quantize", "prune"]
+CHOICES: tuple[Chosen, ...] = ("quantize", "prune")  # what may be done to a layer, by default
+
+
+def unfit(chosen: Sequence[str], counted: Counted) -> str | None:
+    """Why a search within such a budget can't choose among these, or None."""
+    if unknown := [word for word in chosen if word not in CHOICES]:
+        return f"has {shortened(unknown[0])}, which is no choice; use {' or '.join(CHOICES)}"
+    if "quantize" not in chosen:
+        return "needs quantize; to prune alone, write a recipe with prune: {axis: ffn, size: ...}"
+    if "prune" in chosen and counted != "size":
+        return f"has prune, but widths are chosen within a size, not within {counted}; leave prune out"
+    return None
 
 
 class Budget(Stage):
-    """Finds the best model within a size, a memory or a time per token: the format of each linear."""
+    """Finds the best model within a size, a memory or a time per token: the format of each linear, and the
+    width of each layer."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
+    newer: ClassVar[frozenset[str]] = frozenset({"choose_among"})
 
     size: str | None = Field(
         default=None,
@@ -51,6 +67,12 @@ class Budget(Stage):
         description="what is to load the result: `transformers` alone, or `llmcompress`, with all formats",
     )
 
+    choose_among: Annotated[tuple[Chosen, ...], Field(min_length=1, strict=False)] | None = Field(
+        default=None,
+        description="what may be done to a layer: `quantize` gives each linear a format, `prune` each layer "
+        "its neurons and heads, within a size alone; by default both, beside other budgets `quantize`",
+    )
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Budget:
         given = [name for name in get_args(Counted) if getattr(self, name) is not None]
@@ -70,6 +92,8 @@ class Budget(Stage):
             )
         if self.context is not None and self.memory is None:
             raise ValueError("context is the length of the cache that memory counts; leave it out")
+        if self.choose_among is not None and (wrong := unfit(self.choose_among, self.counted)):
+            raise ValueError(f"choose_among {wrong}")
         return self
 
     @property

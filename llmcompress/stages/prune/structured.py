@@ -136,12 +136,20 @@ def left(
     units = kept(layer, axis, read, aim_RC, score, count, linears)
     # all processes keep the same, also where ties fall otherwise on another device
     units = layer.shard.processes.sent({"units": units}, 0)["units"].to(layer.device)
+    columns, left_RP, padded_RC = solved_without(layer, axis, read, units, aim_RC, mend)
+    return units, columns, left_RP, output_error(W_RC, padded_RC, moments.H_CC)
+
+
+def solved_without(
+    layer: DecoderLayer, axis: str, read: Reading, units: Tensor, aim_RC: Tensor, mend: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns [P] of the linear that reads the `units` that stay, its weight [R, P] for these, and the
+    same as wide as it was [R, C], with zeros in place of the others."""
     place = torch.arange(len(read.unit_C), device=layer.device)
     term = layer.anatomy.input_of(read.linear)
     columns = take(place, Spelling((term,)), layer.sizes, axis, units)
-    left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]
-    padded_RC = torch.zeros_like(W_RC).index_copy(1, columns, left_RP)
-    return units, columns, left_RP, output_error(W_RC, padded_RC, moments.H_CC)
+    left_RP = repair(aim_RC, read.moments.H_CC, columns) if mend else read.W_RC[:, columns]
+    return columns, left_RP, torch.zeros_like(read.W_RC).index_copy(1, columns, left_RP)
 
 
 def cut(

@@ -1,0 +1,140 @@
+"""Widths for a search: priced once, chosen with the formats, and cut in a copy of the model, whose formats
+are then priced and chosen again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.frontier import widths
+from llmcompress.frontier.choice import Choice, Outer, best
+from llmcompress.frontier.costs import Priced
+from llmcompress.frontier.narrow import Narrow, least, narrow
+from llmcompress.frontier.outside import lost
+from llmcompress.frontier.ways import MIXED, Palette
+from llmcompress.frontier.widths import Part
+from llmcompress.io.journal import JournalFacts
+from llmcompress.io.scratch import scratch_folder
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import Track
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE, first_sequences
+from llmcompress.pipeline.between_stages import joint_folder, write_joint
+from llmcompress.pipeline.disk_store import DiskStore
+from llmcompress.pipeline.search_cache import SearchCache
+from llmcompress.pipeline.stages import run_stages
+from llmcompress.recipe.recipe import Recipe
+
+PARTS = "parts"  # entry of the journal of a finished search
+LEAST_GAIN = 0.05  # share of the expected nats that widths must save, so that a narrower model is priced
+
+
+class Priceable(Protocol):
+    """What a search measured of a model: its linears in each way, and what is outside the layers."""
+
+    @property
+    def units(self) -> Sequence[Priced]: ...
+    @property
+    def outers(self) -> Sequence[Outer]: ...
+
+
+class Parts(JournalFacts):
+    """What each width of a model costs."""
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A narrower model: the stages that make it, the units that each layer keeps, its loss in nats/token, and
+    the formats that were chosen for its linears, which are priced in it."""
+
+    stages: list[dict[str, Any]]
+    counts: Mapping[str, tuple[int, ...]]
+    nats: float
+    units: Sequence[Priced]
+    choice: Choice
+
+    @property
+    def expected(self) -> float:
+        """The loss that is expected of the result."""
+        return self.nats + self.choice.nats
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Finds the widths of one model for budgets. `price` measures what every format costs a model, given what
+    opens it, and the linears whose costs are known."""
+
+    base: Path
+    opened: Callable[[], DiskModel]
+    text: CalibrationData
+    seed: int
+    palettes: Sequence[Palette]
+    prices: Priceable
+    price: Callable[[Callable[[], DiskModel], Sequence[Priced]], Priceable]
+    uniform: bool  # whether all layers are to keep the same number of units
+    track: Track
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What every width costs, from an earlier search or measured now."""
+        read = self.opened()
+        ways = list({way.name: way for palette in self.palettes for way in palette.ways}.values())
+        cache = SearchCache.of(read, self.text, self.seed, ways)
+        kept = cache.kept
+        if not kept.has(PARTS, 0):
+            with cache.context(read, self.text, self.seed, self.track) as context:
+                found = widths.measured(read, context, self.prices.units, ways)
+            kept.save(PARTS, 0, {}, Parts(parts=tuple(found)))
+            cache.tidy()
+        return kept.facts(PARTS, 0, Parts).parts
+
+    @property
+    def least(self) -> int:
+        """The bytes of the smallest model with widths of its own."""
+        return least(self.parts, self.palettes, self.prices.outers, uniform=self.uniform)
+
+    def within(self, budget: int, alone: Choice | None) -> Narrowed | None:
+        """The best narrower model in at most `budget` bytes, or None if none is expected to lose less than
+        `alone`, the best without widths."""
+        layers = len(self.opened().layers)
+        found = narrow(self.parts, self.palettes, self.prices.outers, budget, layers, uniform=self.uniform)
+        if found is None or not found.counts:
+            return None
+        if alone is not None and found.nats > (1 - LEAST_GAIN) * alone.nats:
+            return None
+        with self._cut(found) as opened:
+            few = first_sequences(self.text.calibration, TOKENS_AT_ONCE)
+            narrower = opened()
+            nats = lost(self.opened(), narrower, few, self.text.unscored)
+            prices = self.price(opened, self._as_wide(found))
+            palettes = self.palettes if narrower.plain else (MIXED,)
+        choice = best(prices.units, palettes, prices.outers, budget)
+        if choice is None or (alone is not None and nats + choice.nats >= alone.nats):
+            return None
+        return Narrowed(found.stages(), found.counts, nats, prices.units, choice)
+
+    def _as_wide(self, found: Narrow) -> list[Priced]:
+        """The linears that stay as wide as they are."""
+        return [
+            unit
+            for part in self.parts
+            if part.axis not in found.counts or found.counts[part.axis][part.layer] == part.whole.count
+            for unit in part.whole.units
+        ]
+
+    @contextmanager
+    def _cut(self, found: Narrow) -> Iterator[Callable[[], DiskModel]]:
+        """Cut a copy of the model as the recipe will, and open it."""
+        read = self.opened()
+        recipe = Recipe.of_entries({"stages": found.stages(), "data": {"seed": self.seed}})
+        with scratch_folder() as place:
+            store = DiskStore(recipe, read, self.base, self.text, place)
+            run_stages(recipe, store, store.teacher, self.text, self.track)
+            write_joint(store.left.journal, store.model, store.left, self.base)
+            yield partial(DiskModel, joint_folder(store.left.journal), read.device)
