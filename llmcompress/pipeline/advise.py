@@ -55,8 +55,8 @@ FILLED = 0.95  # share of a size from which a recipe fills it
 VLLM = (
     "vllm: only what the bitsandbytes loader of its releases up to 0.27.1 reads by its source, which was not "
     "run here: nf4, fp4, int8 in all linears of the layers, with one width for all layers; it looks up "
-    "joined linears, so recipes that spare single ones (protect) are left out. For later releases, run w8a8 "
-    "or w4a16 and `llmcompress export --to compressed-tensors`"
+    "joined linears, so recipes that spare single ones (protect) are left out. Later releases read what "
+    "`llmcompress export --to compressed-tensors` makes of an integer format"
 )
 GPU = (
     "gpu: on an H100 no format is faster than bfloat16; quantise to fit a model into memory. To make it "

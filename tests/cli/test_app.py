@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcompress.cli.app import err, main, out
+from llmcompress.formats.integer import IntegerLayout
 from llmcompress.recipe import shipped
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import Result, shell
+from tests.exports.artefacts import written
 from tests.report.test_search_page import facts
 
 COMMANDS = (
@@ -30,6 +32,7 @@ COMMANDS = (
     "report",
     "compare",
     "push",
+    "export",
     "reproduce",
     "recipes",
     "doctor",
@@ -640,3 +643,14 @@ def test_a_disk_that_is_full_half_way_is_one_clear_line(limit: int, shelf: Path,
     assert done.stderr.splitlines()[-1].startswith("error: can't write") and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial" / "artifact").exists()
+
+
+def test_export_says_what_became_of_the_matrices(cli: Cli, tmp_path: Path) -> None:
+    written(tmp_path / "small", IntegerLayout("w8a16"))
+    done = cli("export", tmp_path / "small", "--to", "compressed-tensors", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "compressed-tensors: 308 kB -> 309 kB" in done.out
+    assert "w8a16 -> pack-quantized int8, one scale per row, inputs as they are" in done.out
+    assert f"The export lies in {tmp_path / 'out'}." in done.out
+    refused = cli("export", tmp_path / "small", "--to", "onnx", "--out", tmp_path / "other")
+    assert refused.code == 2 and "--to onnx is no target; give one of: " in refused.err
