@@ -85,6 +85,9 @@ class Artefact:
             self.config = self.config | {"tie_word_embeddings": False}
         elif tied:
             self.sources.pop(f"{self.model.anatomy.head}.weight", None)
+        self.model.model.tie_weights()  # so that a tied head counts once
+        named = self.model.model.named_parameters()
+        self.model.require_all(name for name, _ in named if name not in self.sources)
 
     @property
     def tied_head(self) -> str | None:

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmcompress.algorithms.activation_quantization import LARGEST
 from llmcompress.errors import ModelError
@@ -31,6 +33,7 @@ from llmcompress.exports.compressed_tensors import TARGET, packed
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.pipeline.export import Exported, export
 from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe.recipe import Recipe
 from tests.artefacts import TOKENS, live, load
 from tests.bases import save_base, small_recipe, staged_recipe, write_text
 from tests.exports.artefacts import written
@@ -69,10 +72,11 @@ def outputs_of(model, linears):
     return {name: model.get_submodule(name)(x[columns]) for name, columns in linears.items()}
 
 for name in names:
-    model, info = AutoModelForCausalLM.from_pretrained(f"{place}/{name}-ct", output_loading_info=True)
+    folder, dtype = f"{place}/{name}-ct", torch.bfloat16 if name == "half" else torch.float32
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     assert not any(info.values()), info
     model.eval()
-    linears = {n: m.in_features for n, m in model.named_modules() if n.endswith("proj")}
+    linears = {n: m.in_features for n, m in model.named_modules() if hasattr(m, "quantization_scheme")}
     logits = model(given["tokens"]).logits
     weights = {n: model.get_submodule(n).weight.clone() for n in linears}
     outputs = outputs_of(model, linears)
@@ -391,8 +395,15 @@ def found(place: Path, inputs: dict[int, Tensor]) -> dict[str, dict[str, Any]]:
     """What a process without llmcompress computes from each export: logits, the weights after a forward,
     and the outputs of every linear; `alike`, with inputs rounded dynamically as the artefact rounds
     them."""
-    torch.save({"tokens": TOKENS, "inputs": inputs}, place / "given.pt")
-    command = [sys.executable, "-c", LOAD, str(place), *LAYOUTS]
+    return elsewhere(place, LAYOUTS, TOKENS, inputs)
+
+
+def elsewhere(
+    place: Path, names: Iterable[str], tokens: Tensor, inputs: dict[int, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Run LOAD on the exports `names` in a folder."""
+    torch.save({"tokens": tokens, "inputs": inputs}, place / "given.pt")
+    command = [sys.executable, "-c", LOAD, str(place), *names]
     packages = [path for path in sys.path if (Path(path) / "compressed_tensors").is_dir()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=600)
@@ -462,3 +473,40 @@ def test_how_inputs_are_rounded_is_what_the_notes_say(
             steps = torch.tensor(0.02)
         rounded_x = (x / steps).round().clamp(lowest, -lowest - 1) * steps
         assert apart(rounded_x @ artefact.weight(matrix).T, theirs) < 1e-5
+
+
+# 5. Real models.
+
+SHARED = Path(__file__).parents[3] / "shared" / "models"
+REAL = {"demo": None, "stories260K": SHARED / "stories260K", "wikilm-8m": SHARED / "wikilm-8m"}
+
+
+@needs_package
+@pytest.mark.slow(keep=1)
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("form", ["w4a16", "w8a8"])
+@pytest.mark.parametrize("name", REAL)
+def test_an_export_of_a_real_model_computes_what_the_artefact_does(
+    name: str, form: str, tmp_path: Path
+) -> None:
+    """In float32: logits where weights alone are rounded, and each linear where inputs are too."""
+    base = REAL[name]
+    if base is not None and not base.is_dir():
+        pytest.skip(f"no {base}")
+    data = {"source": "python-docs", "samples": 4, "length": 32, "evaluation_samples": 2}
+    stages = [{"quantize": {"format": form, "rounding": "nearest"}}]
+    recipe = Recipe.model_validate({"base": str(base or "demo"), "data": data, "stages": stages})
+    run_recipe(recipe, tmp_path / name)
+    export(tmp_path / name, "compressed-tensors", tmp_path / f"{name}-ct")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+    columns = {model.get_submodule(linear).in_features for linear in Artefact(tmp_path / name).matrices}
+    draw = torch.Generator().manual_seed(3)
+    inputs = {C: torch.randn(2, 8, C, generator=draw) for C in columns}
+    tokens = torch.randint(model.config.vocab_size, (2, 48), generator=draw)
+    theirs = elsewhere(tmp_path, [name], tokens, inputs)[name]
+    with torch.no_grad():
+        if form == "w4a16":
+            assert apart(model(tokens).logits, theirs["logits"]) < 1e-3
+        for linear, output in theirs["outputs alike"].items():
+            module = model.get_submodule(linear)
+            assert apart(module(inputs[module.in_features]), output) < (1e-3 if form == "w4a16" else 1e-5)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import CompressError, ModelError, OutputError
 from llmcompress.exports import registry
@@ -135,6 +137,17 @@ def test_damaged_codes_are_refused(artefact: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="finite"):
         export(folder, "floats", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_an_artefact_that_lacks_a_tensor_is_refused(name: str, artefact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(artefact, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"has no tensor for {name} \(1 missing\)"):
+        export(folder, "floats", tmp_path / "out")
 
 
 def test_a_plain_base_has_no_matrices(tmp_path: Path) -> None:
