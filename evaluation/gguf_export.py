@@ -10,6 +10,7 @@ llama.cpp on TOKENS tokens, whose logits are compared with those of the artefact
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import shutil
@@ -23,7 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,7 @@ from evaluation.results import GgufRow
 from evaluation.runs import known, run
 from llmcompress.data.calibration import load_data
 from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout, GgmlWeight
+from llmcompress.formats.quantization_config import quantization_config
 from llmcompress.integrations.registration import register
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
@@ -43,6 +45,7 @@ from llmcompress.pipeline.resolve import find_base
 from llmcompress.recipe.recipe import Recipe
 
 FORMATS = {"q4_0": 2, "iq4_nl": 20}  # their numbers in enum ggml_type
+WAYS = ("llama.cpp", "gptq")
 TOKENS = 512
 RUNS = """
 import json, sys, numpy
@@ -87,17 +90,24 @@ def by_llama_cpp(W_RC: Tensor, format: str) -> GgmlWeight:
     return GgmlWeight(codes.reshape(R, C), scale_RG.contiguous(), GgmlLayout(cast(Any, format)))
 
 
-def replace(folder: Path, base: str, format: str) -> None:
-    """Give the linears of an artefact in a format the codes of llama.cpp's quantiser."""
-    plain = DiskModel(find_base(base).folder, torch.device("cpu"))
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name in [each.removesuffix("_group_scale") for each in tensors if each.endswith("_group_scale")]:
-        W_RC = plain.checkpoint.read(plain.sources[name][0])
-        linear = name.removesuffix(".weight")
-        made = by_llama_cpp(W_RC, format).tensors()
-        tensors |= {f"{linear}.{part}": tensor for part, tensor in made.items()}
-    save_file(tensors, file, {"format": "pt"})
+def write_theirs(base: str, format: str, out: Path) -> None:
+    """Write a base with the linears of its layers as llama.cpp's own quantiser rounds them."""
+    folder = find_base(base).folder
+    plain, layout = DiskModel(folder, torch.device("cpu")), GgmlLayout(cast(Any, format))
+    shapes = plain.matrices()
+    linears = [name for name in plain.layer_linears if layout.refusal(shapes[name]) is None]
+    tensors = {key: plain.checkpoint.read(key) for key in plain.checkpoint.tensors}
+    for name in linears:
+        (key,) = plain.sources[f"{name}.weight"]
+        made = by_llama_cpp(tensors.pop(key), format).tensors()
+        tensors |= {f"{key.removesuffix('.weight')}.{part}": tensor for part, tensor in made.items()}
+    out.mkdir()
+    for file in folder.glob("*.json"):
+        shutil.copy(file, out)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization_config([(layout, linears)])
+    (out / "config.json").write_text(json.dumps(config))
 
 
 @torch.no_grad()
@@ -126,26 +136,36 @@ def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, Any]:
     return {"kl_llama_cpp": float(kl.mean()), "top1_llama_cpp": float(agree), "tokens": sequences.numel()}
 
 
-def rows_of(model: str, format: str, folder: Path, threads: int) -> Iterator[GgufRow]:
-    """Both ways to round a model in a format. These models have no biases, which GPTQ here would correct."""
-    subject, out = MODELS[model], folder / f"{model}-{format}"
-    report = run(Recipe.parse(f"stages: [quantize: {{format: {format}}}]"), out, subject.base, subject.data())
-    base = known(report.base.perplexity)
-    ours = known(report.fidelity.kl_nats_mean), known(report.compressed.perplexity)
-    yield _row(model, format, "gptq", ours, base, in_llama_cpp(out, model, threads))
-    other = folder / f"{model}-{format}-theirs"
-    shutil.copytree(out, other)
-    replace(other, subject.base, format)
-    scored = evaluate(other, against=subject.base, data=subject.data())
-    theirs = known(scored.kl_nats_mean), scored.perplexity
-    yield _row(model, format, "llama.cpp", theirs, base, in_llama_cpp(other, model, threads))
+def rows_of(model: str, format: str, folder: Path, given: argparse.Namespace) -> Iterator[GgufRow]:
+    """The ways to round a model in a format that are asked for."""
+    subject = MODELS[model]
+    if "llama.cpp" in given.ways:
+        out = folder / f"{model}-{format}-theirs"
+        write_theirs(subject.base, format, out)
+        found = evaluate(out, against=subject.base, data=subject.data())
+        lost = (
+            known(found.kl_nats_mean),
+            found.perplexity,
+            evaluate(subject.base, data=subject.data()).perplexity,
+        )
+        yield _row(model, format, "llama.cpp", lost, in_llama_cpp(out, model, given.threads))
+    if "gptq" in given.ways:
+        out = folder / f"{model}-{format}"
+        told = Recipe.parse(f"stages: [quantize: {{format: {format}}}]")
+        report = run(told, out, subject.base, subject.data())
+        lost = (
+            known(report.fidelity.kl_nats_mean),
+            known(report.compressed.perplexity),
+            known(report.base.perplexity),
+        )
+        yield _row(model, format, "gptq", lost, in_llama_cpp(out, model, given.threads))
 
 
 def _row(
-    model: str, format: str, rounding: str, lost: tuple[float, float], base: float, run: dict[str, Any]
+    model: str, format: str, rounding: str, lost: tuple[float, float, float], run: dict[str, Any]
 ) -> GgufRow:
-    """A row, which is printed; `lost` are KL and perplexity."""
-    kl, perplexity = lost
+    """A row, which is printed; `lost` are KL, perplexity and that of the base."""
+    kl, perplexity, base = lost
     row = GgufRow(
         model=model,
         format=format,
@@ -163,13 +183,14 @@ def main(argv: Sequence[str]) -> int:
     """Measure every model in both formats, and write the result."""
     options = parser("gguf", __doc__)
     options.add_argument("--models", nargs="+", default=present(), choices=list(MODELS))
+    options.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     options.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     said = machine.parse(options, argv, threads=1)
     library()
     with tempfile.TemporaryDirectory() as folder:
         for model in said.models:
             for format in said.formats:
-                for row in rows_of(model, format, Path(folder), said.threads):
+                for row in rows_of(model, format, Path(folder), said):
                     merged = results.merge("gguf", ("model", "format", "rounding"), row)
                     results.write("gguf", machine.head(), {"rows": merged})
     return 0
