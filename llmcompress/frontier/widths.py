@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.least_squares import bias_shift
+from llmcompress.architectures.resize import resized
 from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.errors import ModelError
 from llmcompress.formats import registry
 from llmcompress.formats.schemes import CodebookScheme, QuantScheme
 from llmcompress.frontier.costs import SAMPLE, TOKENS, Cost, Priced, header_bytes
@@ -87,16 +89,28 @@ def measured(
     in the same model. A layer that the journal holds is not cut again."""
     along = {axis: layers_along(model, axis) for axis in axes_of(model)}
     lost = _lost(model, context, along) if along else {}
-    parts = [
-        _part(model, axis, index, lost.get((index, axis), {}), units, ways)
-        for axis, layers in along.items()
-        for index in layers
-    ]
+    tried = {(axis, count) for (_, axis), losses in lost.items() for count in losses}
+    built = {(axis, count) for axis, count in tried if _can_be_built(model, axis, count)}
+    parts = []
+    for axis, layers in along.items():
+        for index in layers:
+            losses = lost.get((index, axis), {})
+            losses = {count: nats for count, nats in losses.items() if (axis, count) in built}
+            parts.append(_part(model, axis, index, losses, units, ways))
     narrowed = {unit.linears for part in parts for unit in part.whole.units}
     for unit in units:
         if unit.linears not in narrowed:
             parts.append(Part(axis=None, layer=0, widths=(Width(count=0, nats=0.0, units=(unit,)),)))
     return parts
+
+
+def _can_be_built(model: LayerwiseModel, axis: str, count: int) -> bool:
+    """Whether transformers builds the model with so many units of an axis in each layer."""
+    try:
+        resized(model.config, model.anatomy, {axis: [min(count, size) for size in model.widths_of(axis)]})
+    except ModelError:
+        return False
+    return True
 
 
 def _lost(

@@ -18,16 +18,18 @@ from llmcompress.frontier.narrow import Narrow, least, narrow
 from llmcompress.frontier.outside import lost
 from llmcompress.frontier.ways import MIXED, Palette
 from llmcompress.frontier.widths import Part
-from llmcompress.io.journal import JournalFacts
+from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE, first_sequences
 from llmcompress.pipeline.between_stages import joint_folder, write_joint
-from llmcompress.pipeline.disk_store import DiskStore
+from llmcompress.pipeline.outcome import Outcome
+from llmcompress.pipeline.resolve import source_of
 from llmcompress.pipeline.search_cache import SearchCache
 from llmcompress.pipeline.stages import run_stages
 from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.base import ModelSource
 
 PARTS = "parts"  # entry of the journal of a finished search
 LEAST_GAIN = 0.05  # share of the expected nats that widths must save, so that a narrower model is priced
@@ -131,10 +133,35 @@ class Narrowing:
     @contextmanager
     def _cut(self, found: Narrow) -> Iterator[Callable[[], DiskModel]]:
         """Cut a copy of the model as the recipe will, and open it."""
-        read = self.opened()
         recipe = Recipe.of_entries({"stages": found.stages(), "data": {"seed": self.seed}})
         with scratch_folder() as place:
-            store = DiskStore(recipe, read, self.base, self.text, place)
+            store = CutStore(self.opened(), self.base, place)
             run_stages(recipe, store, store.teacher, self.text, self.track)
-            write_joint(store.left.journal, store.model, store.left, self.base)
-            yield partial(DiskModel, joint_folder(store.left.journal), read.device)
+            yield partial(DiskModel, store.model.folder, store.model.device)
+
+
+class CutStore:
+    """A model that is cut in a folder for temporary files. Each process does it by itself, as others wait for
+    what the first one finds, or find it in the cache."""
+
+    shared = False
+
+    def __init__(self, model: DiskModel, base: Path, place: Path) -> None:
+        self.model, self.base, self.place = model, base, place
+
+    def teacher(self, name: str | None) -> ModelSource:
+        """The model that is cut."""
+        return source_of(name or str(self.base), self.model.device)
+
+    @contextmanager
+    def working(self, number: int) -> Iterator[tuple[Journal, Path]]:
+        """Yield the journal of a stage, and a folder for its temporary files."""
+        scratch = self.place / f"{number}-scratch"
+        scratch.mkdir()
+        yield Journal(self.place / str(number), "search"), scratch
+
+    def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
+        """Write what a stage left, and open it."""
+        write_joint(outcome.journal, self.model, outcome, self.base)
+        self.model = DiskModel(joint_folder(outcome.journal), self.model.device)
+        return None

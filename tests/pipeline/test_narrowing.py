@@ -24,7 +24,7 @@ from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.budget.stage import CHOICES, Budget
 from llmcompress.stages.prune.stage import Prune
 from tests.artefacts import CPU
-from tests.models import tiny
+from tests.models import pico, tiny
 from tests.pipeline.test_search import Place
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -136,6 +136,17 @@ def test_models_whose_widths_can_not_be_measured_have_none() -> None:
     """The neurons of experts, and layers that hand on keys and values."""
     for family, axes in {"llama": ("kv", "ffn"), "qwen3_moe": ("kv",), "gemma4_e2b": ()}.items():
         assert widths.axes_of(MetaModel(tiny(family).config, CPU, torch.float32)) == axes
+
+
+def test_widths_that_transformers_does_not_build_are_not_offered() -> None:
+    """Three query heads of a width of 64 need a twin, which a model with biases has not."""
+    for biased in (False, True):
+        config = pico(
+            "llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, attention_bias=biased
+        ).config
+        model = MetaModel(config, CPU, torch.float32)
+        assert widths._can_be_built(model, "kv", 2)
+        assert widths._can_be_built(model, "kv", 3) is not biased
 
 
 def test_a_recipe_chooses_among_formats_at_least() -> None:
