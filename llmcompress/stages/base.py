@@ -257,7 +257,7 @@ class Stage(Settings):
         return ""
 
     @property
-    def bits(self) -> tuple[float, float] | None:
+    def weight_bits(self) -> tuple[float, float] | None:
         """The least and the most bits per weight of the linears that it codes, scales included."""
         return None
 

@@ -1,0 +1,1 @@
+"""Tie the input embedding and the output head."""
