@@ -795,7 +795,7 @@ def kv_cache(results: Results) -> str:
             losses = [f"{row.kl_nats_mean:.7f}", share, f"{row.perplexity:.3f}"]
             lines.append([row.cache, f"{row.length:,}", size, *losses])
         nf4 = f"Stock nf4 of this model loses {rows[0].nf4_kl_nats:.5f} nats/token."
-        parts.append(heading(model, nf4) + table(header, lines))
+        parts += [heading(model, nf4), table(header, lines)]
     return joined(parts)
 
 

@@ -1,1 +1,1 @@
-"""Tie the input embedding and the output head."""
+"""Store the KV cache in 8 or 4 bits."""
