@@ -52,6 +52,9 @@ SCRIPTS = {
     "vocabulary-memory": Script(
         "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
     ),
+    "kv-cache": Script(
+        "kv_cache", "15 min", "KV caches in 8 and 4 bits, beside those of transformers, at three lengths"
+    ),
     "foretold": Script("foretold", "10 min", "the time that `plan` foretells against the time of the run"),
     "gpu-compression": Script(
         "gpu_compression",

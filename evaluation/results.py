@@ -570,6 +570,23 @@ class PrunedSpeedRow(Facts):
     kv_cache_bytes_per_token_planned: int
 
 
+class CacheRow(Facts):
+    """A KV cache on a model at a length of text, beside a plain one of the same model: losses as in reports,
+    bytes per token with states in two bytes, and the KL of stock nf4 on that model."""
+
+    model: str
+    cache: str
+    bits: int
+    length: int
+    tokens: int
+    kl_nats_mean: float
+    perplexity: float
+    plain_perplexity: float
+    bytes_per_token: float
+    plain_bytes_per_token: float
+    nf4_kl_nats: float
+
+
 Row = TypeVar("Row")
 Held = TypeVar("Held", bound=BaseModel)
 

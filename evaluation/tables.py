@@ -24,6 +24,7 @@ from evaluation.results import (
     AblationRow,
     AttentionRow,
     BosRow,
+    CacheRow,
     CodebookSpeedRow,
     CompressionSpeedRow,
     CostRow,
@@ -846,6 +847,29 @@ def pruned_speed(results: Results) -> str:
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
+def kv_cache(results: Results) -> str:
+    """Each KV cache beside a plain one of the same model."""
+    if (result := results.load("kv_cache", Rows[CacheRow])) is None:
+        return ""
+    header = ["cache", "tokens of text", "bytes per token", "KL, nats/token", "of nf4's", "perplexity"]
+    parts = [where(result.hardware, result.commit) + "\n"]
+    for model in dict.fromkeys(row.model for row in result.rows):
+        rows = [row for row in result.rows if row.model == model]
+        plain = {row.length: (row.plain_bytes_per_token, row.plain_perplexity) for row in rows}
+        lines = [
+            ["plain", f"{length:,}", f"{size:,.0f}", "", "", f"{perplexity:.3f}"]
+            for length, (size, perplexity) in sorted(plain.items())
+        ]
+        for row in sorted(rows, key=lambda row: (-row.bits, row.cache, row.length)):
+            share = f"{100 * row.kl_nats_mean / row.nf4_kl_nats:.3f} %"
+            size = f"{row.bytes_per_token:,.0f}"
+            losses = [f"{row.kl_nats_mean:.7f}", share, f"{row.perplexity:.3f}"]
+            lines.append([row.cache, f"{row.length:,}", size, *losses])
+        nf4 = f"Stock nf4 of this model loses {rows[0].nf4_kl_nats:.5f} nats/token."
+        parts += [heading(model, nf4), table(header, lines)]
+    return joined(parts)
+
+
 SECTIONS = (
     Section(
         "Recipes",
@@ -1021,6 +1045,14 @@ SECTIONS = (
         "turns in one process, and how many times as fast the kernels are: `python -m evaluation "
         "codebook-speed`.",
         codebook_speed,
+    ),
+    Section(
+        "KV caches",
+        "Keys and values of earlier tokens in fewer bits, beside a plain cache of the same model on the same "
+        "text, read in pieces of 32 tokens: `python -m evaluation kv-cache`. `fp8`, `hqq` and `quanto` are "
+        "caches of transformers, the last two with the package of that name; the others are ours. Bytes are "
+        "those of a model in bfloat16.",
+        kv_cache,
     ),
     Section(
         "Speed of pruned models",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.budget.stage import Budget as Budget
     from llmcompress.stages.codebook.stage import Codebook as Codebook
     from llmcompress.stages.distill.stage import Distill as Distill
+    from llmcompress.stages.kv_cache.stage import KVCache as KVCache
     from llmcompress.stages.low_rank.stage import LowRank as LowRank
     from llmcompress.stages.prune.stage import Prune as Prune
     from llmcompress.stages.quantize.config import Override as Override
@@ -81,11 +82,14 @@ _PUBLIC = {
     "compare": "pipeline.compare",
     "push": "pipeline.push",
     "save_native": "integrations.bitsandbytes_saving",
+    "CacheSettings": "integrations.kv_cache",
+    "kv_cache": "integrations.kv_cache",
     "DataSpec": "data.sources",
     "Report": "report.schema",
     "Budget": "stages.budget.stage",
     "Codebook": "stages.codebook.stage",
     "Distill": "stages.distill.stage",
+    "KVCache": "stages.kv_cache.stage",
     "LowRank": "stages.low_rank.stage",
     "Prune": "stages.prune.stage",
     "Override": "stages.quantize.config",

@@ -93,6 +93,11 @@ stages:
 stages:
   - quantize: {format: w8a8, smooth: {}, protect: 0.1, skip: ["*.0.mlp.*"]}
 """,
+    "kv_cache": """\
+stages:
+  - quantize: {format: nf4}
+  - kv_cache: {bits: 4}
+""",
     "overrides": """\
 stages:
   - quantize:

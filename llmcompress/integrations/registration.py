@@ -3,7 +3,8 @@
 - transformers learns the quantization method `llmcompress`, so that `from_pretrained` loads our formats;
 - `save_pretrained` of a model in a native bitsandbytes layout first restores what a forward changed in it, or
   refuses;
-- PEFT turns our modules into plain ones before it merges an adapter into them.
+- PEFT turns our modules into plain ones before it merges an adapter into them;
+- `generate` makes a cache of codes for a model whose config asks for one, if its caller asks for no other.
 
 Each change is made when the package in question is imported, or at once if it already is. The modules that do
 the work are imported when they are first needed: importing llmcompress takes milliseconds and imports neither
@@ -22,12 +23,14 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "llmcompress"  # the same as quantization_config.METHOD
+CACHE_FIELD = "llmcompress_kv_cache"  # the same as kv_cache.FIELD
 
 
 def register() -> None:
     """Make the changes, or prepare them; a second call changes nothing."""
     _when_imported("transformers.quantizers.auto", _teach_transformers)
     _when_imported("peft.tuners.tuners_utils", _prepare_merging)
+    _when_imported("transformers.generation.utils", _give_caches)
 
 
 def _teach_transformers(auto: ModuleType) -> None:
@@ -84,6 +87,29 @@ def _prepare_merging(tuners: ModuleType) -> None:
 
     prepared.prepares = True  # type: ignore[attr-defined]
     kind._check_merge_allowed = prepared
+
+
+def _give_caches(utils: ModuleType) -> None:
+    """Make `generate` store keys and values as the config of a model says. A cache that the caller gives, or
+    names by `cache_implementation`, stays as it is."""
+    kind: Any = vars(utils)["GenerationMixin"]
+    prepare = kind._prepare_cache_for_generation
+    if getattr(prepare, "quantizes", False):
+        return
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **options: Any) -> Any:
+        given = model_kwargs.get("past_key_values")
+        returned = prepare(self, generation_config, model_kwargs, *args, **options)
+        asked = generation_config.cache_implementation is not None
+        if given is None and not asked and getattr(self.config, CACHE_FIELD, None) is not None:
+            from llmcompress.integrations.kv_cache import store_as_config_says
+
+            store_as_config_says(self, model_kwargs.get("past_key_values"))
+        return returned
+
+    prepared.quantizes = True  # type: ignore[attr-defined]
+    kind._prepare_cache_for_generation = prepared
 
 
 def _when_imported(name: str, act: Callable[[ModuleType], None]) -> None:

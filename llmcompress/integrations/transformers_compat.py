@@ -9,6 +9,8 @@ used, and checks that the installed version has them.
 import llmcompress.formats.bitsandbytes_layout  # noqa: F401  # first: it has bitsandbytes imported quietly
 
 # isort: split
+from transformers.cache_utils import DynamicLayer as DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer as DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming

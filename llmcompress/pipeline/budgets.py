@@ -106,7 +106,7 @@ def of_size(whole: int) -> Measure:
 def of_memory(model: LayerwiseModel, offered: Sequence[Palette], context: int) -> Measure:
     """The bytes of the tensors of the loaded model, as reports count them, with the keys and values of so
     many tokens. Errors: ModelError if the model's cache is not known."""
-    cached = cached_per_token(model)
+    cached = cached_per_token(model, context)
     if cached is None:
         raise ModelError(
             f"no axis of this {model.anatomy.family} model says how much its cache takes, so its memory "

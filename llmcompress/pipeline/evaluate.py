@@ -36,6 +36,7 @@ from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.model_config import defaults, load_config
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.modeling.sequential import logits as walked
+from llmcompress.pipeline.kv_cache import cache_facts, live_cache_facts
 from llmcompress.pipeline.resolve import (
     calibration_data,
     config_of,
@@ -45,6 +46,7 @@ from llmcompress.pipeline.resolve import (
     require_tokenizer,
 )
 from llmcompress.report.metrics import Speed, continued, fidelity, speed
+from llmcompress.report.schema import CacheFacts
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +69,16 @@ class Evaluation:
     kl_nats_p99: float | None = None
     top1_agreement: float | None = None
     bos: bool = False  # whether each sequence begins with the BOS token, which is not scored
+    kv_cache: CacheFacts | None = None  # of a model whose config stores it in fewer bits
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of `evaluate --json`. Those of a comparison are present if a base was given, `bos`
-        if it is true."""
+        if it is true, and `kv_cache` if the cache was measured."""
         found = {
             key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"
         }
+        if self.kv_cache is not None:
+            found["kv_cache"] = self.kv_cache.model_dump(mode="json")
         found["perplexity_ci95"] = list(self.perplexity_ci95)
         return found if self.bos else {key: value for key, value in found.items() if key != "bos"}
 
@@ -88,6 +93,7 @@ class _Subject:
     size_bytes: int
     logits: Callable[[Tensor, Track, int], Iterator[Tensor]]
     speed: Callable[[Tensor], Speed | None]
+    cache: Callable[[Tensor, int, Track], CacheFacts | None]
 
 
 @fast_float32_products()
@@ -136,6 +142,7 @@ def _measured(
     sequences, unscored = text.evaluation, text.unscored
     base = None if against is None else _opened(against, where).logits(sequences, track, unscored)
     measured = fidelity(subject.logits(sequences, track, unscored), text.scored, base)
+    cached = subject.cache(sequences, unscored, track)
     fast = subject.speed(sequences)
     compared = against is not None
     return Evaluation(
@@ -149,6 +156,7 @@ def _measured(
         kl_nats_p99=measured.kl_nats_p99 if compared else None,
         top1_agreement=measured.top1_agreement if compared else None,
         bos=bool(unscored),
+        kv_cache=cached,
     )
 
 
@@ -165,7 +173,13 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
         read = DiskModel(folder, device, quantized=True)
         timed = partial(speed_of, folder, device=device)
         return _Subject(
-            name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed
+            name,
+            read.config,
+            tokenizer_of(folder),
+            read.checkpoint.size_bytes,
+            _walked(read),
+            timed,
+            partial(cache_facts, read),
         )
     whole = WholeModel.load(folder, device, method)
     return _of_whole(name, whole, tokenizer_of(folder))
@@ -181,12 +195,20 @@ def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
     if getattr(model.config, "quantization_config", None) is not None:
         return _of_whole(name, WholeModel(model, model.device, size), None)
     read = InMemoryModel(model.config, dict(model.state_dict()), device)
-    return _Subject(name, model.config, None, size, _walked(read), partial(speed, model))
+    return _Subject(
+        name, model.config, None, size, _walked(read), partial(speed, model), partial(cache_facts, read)
+    )
 
 
 def _of_whole(name: str, whole: WholeModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
     return _Subject(
-        name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model)
+        name,
+        whole.config,
+        tokenizer,
+        whole.size_bytes,
+        whole.logits,
+        partial(speed, whole.model),
+        partial(live_cache_facts, whole.model),
     )
 
 

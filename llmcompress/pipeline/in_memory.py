@@ -32,6 +32,7 @@ from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
+from llmcompress.pipeline.kv_cache import cache_facts
 from llmcompress.pipeline.memory_store import MemoryStore
 from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
@@ -58,9 +59,9 @@ def apply_recipe(
 ) -> tuple[PreTrainedModel, Report]:
     """Compress a model in memory. The model is changed in place and returned with its report.
 
-    If its widths change, a new model is returned and the given one stays as it is. The recipe's `base` is
-    ignored, and `effort` takes the place of its own. Raises CompressError as `run_recipe` does; the model is
-    then unchanged.
+    If its widths or its config change, a new model is returned and the given one stays as it is. The recipe's
+    `base` is ignored, and `effort` takes the place of its own. Raises CompressError as `run_recipe` does; the
+    model is then unchanged.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
@@ -115,7 +116,7 @@ def apply_recipe(
         model.config,
         plain=source.plain,
         code=has_own_code(model.config),
-    )
+    ).model_copy(update={"kv_cache": cache_facts(source, text.evaluation, text.unscored, track)})
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report
 

@@ -32,6 +32,7 @@ from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import ModelSource
 
 PARTS = "parts"  # entry of the journal of a finished search
+LOSSY = 0.05  # nats/token that formats alone must be expected to lose, so that widths are measured
 LEAST_GAIN = 0.05  # share of the expected nats that widths must save, so that a narrower model is priced
 
 
@@ -103,7 +104,9 @@ class Narrowing:
 
     def within(self, budget: int, alone: Choice | None) -> Narrowed | None:
         """The best narrower model in at most `budget` bytes, or None if none is expected to lose less than
-        `alone`, the best without widths."""
+        `alone`, the best without widths. They are not measured where that loses little."""
+        if alone is not None and alone.nats < LOSSY:
+            return None
         layers = len(self.opened().layers)
         found = narrow(self.parts, self.palettes, self.prices.outers, budget, layers, uniform=self.uniform)
         if found is None or not found.counts:

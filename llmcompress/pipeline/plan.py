@@ -19,6 +19,7 @@ from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
 from llmcompress.errors import CompressError, argument
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout
+from llmcompress.integrations.kv_cache import CacheSettings, growing_layers
 from llmcompress.io import own_code
 from llmcompress.io.units import amount, duration
 from llmcompress.kernels.float32_products import fast_float32_products
@@ -40,6 +41,7 @@ START_S = 1.5  # of a run: the tokenizer, the checks, the pictures
 TIMED_S, TIMINGS, DECODED = 3.0, 6, 32  # the budget, the runs and the tokens of `report.metrics.speed`
 KL_OPERATIONS = 12  # on each score of both models
 READS = 4  # times that a run reads or hashes the whole base
+PRICED = (2048, 8192)  # tokens of a text for which a cache in fewer bits is priced
 SHOWN = 0.05  # share of the time from which a part is named
 
 
@@ -96,7 +98,7 @@ def plan_recipe(
     notes = _known(model)
     for step in foretold(resolved, model, machine, samples * length, length):
         rows.append(_row(step.left, step.estimate))
-        notes += step.estimate.notes
+        notes += [*step.estimate.notes, *_cache_note(step.left)]
     whole = Workload(model, machine, spec.evaluation_samples * length, length, rows[0].size_bytes)
     beside = _beside_stages(whole, found.folder, samples * length + settled.training_tokens(length))
     notes += [_spent(row.stage, Time(row.time)) for row in rows if row.time]
@@ -242,15 +244,33 @@ def per_token(model: MetaModel) -> tuple[int, int | None]:
         for name in model.anatomy.of_layer(index).experts:
             share = experts_per_token(model.text_config) / len(layer.get_parameter(name))
             used += layer.get_parameter(name).numel() * share
-    return 2 * round(used), cached_per_token(model)
+    return 2 * round(used), cached_per_token(model, PRICED[0])
 
 
-def cached_per_token(model: LayerwiseModel) -> int | None:
-    """The bytes per token in the key-value cache, if the model's family is in the table."""
+def cached_per_token(model: LayerwiseModel, length: int) -> int | None:
+    """Bytes per token in the key-value cache of a text of `length` tokens, if the model's family is in the
+    table. A sliding window counts as if it held the whole text."""
     if model.anatomy.cuts is not None:
         return None
-    sizes = [model.sizes_of(index) for index in range(len(model.layers))]
-    return sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
+    settings, itemsize, total = CacheSettings.of(model.config), model.weight_dtype.itemsize, 0.0
+    growing = growing_layers(model.config) if settings is not None else ()
+    for index in range(len(model.layers)):
+        size = model.sizes_of(index)
+        if settings is not None and index in growing:
+            total += settings.bytes_of(length, size["kv"], size["d"], size["d"], itemsize) / length
+        else:
+            total += 2 * size["kv"] * size["d"] * itemsize
+    return round(total)
+
+
+def _cache_note(model: MetaModel) -> list[str]:
+    """What the cache of a model takes per token, if its config stores it in fewer bits; nothing of a family
+    that is not in the table."""
+    if CacheSettings.of(model.config) is None:
+        return []
+    sizes = {length: cached_per_token(model, length) for length in PRICED}
+    told = [f"{size:,} B at {length:,} tokens" for length, size in sizes.items() if size is not None]
+    return [f"KV cache per token: {', '.join(told)}"] if told else []
 
 
 def _multiplied(layout: AnyLayout | None, shape: tuple[int, int]) -> int:

@@ -37,6 +37,7 @@ from llmcompress.modeling.token_limit import batches_of
 from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import Trial, trial_of
+from llmcompress.pipeline.kv_cache import cache_facts
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
 from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
@@ -131,6 +132,9 @@ def run_recipe(
         del model, store  # measuring reads from the disk what it needs
         measured, stored, seen = _compare(folder, found.folder, where, text, track)
         if writer is not None:
+            cached = cache_facts(
+                DiskModel(folder, where, quantized=True), text.evaluation, text.unscored, track
+            )
             prompts, tokens = prompts_of(text.evaluation)
             base_trial = _trial_of_base(found.folder, text, where, prompts, tokens)
             pair = prompts if base_trial.written is not None else None  # one model's text shows nothing
@@ -154,7 +158,7 @@ def run_recipe(
                 config,
                 plain=stored[0].plain,
                 code=bool(own_code.carried(found.folder)),
-            ).model_copy(update={"samples": samples})
+            ).model_copy(update={"samples": samples, "kv_cache": cached})
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()

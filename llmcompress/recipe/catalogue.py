@@ -114,8 +114,8 @@ def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
 
 def _purpose(stages: Sequence[Stage]) -> str:
     """The section of the list in which a recipe appears."""
-    coded = [stage.bits[0] for stage in stages if stage.bits is not None]
-    sections = [stage.section for stage in stages if stage.bits is None and stage.section != TRAINED]
+    coded = [stage.weight_bits[0] for stage in stages if stage.weight_bits is not None]
+    sections = [stage.section for stage in stages if stage.weight_bits is None and stage.section != TRAINED]
     if coded and sections:
         return "prune and quantise"
     if coded:

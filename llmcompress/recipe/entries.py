@@ -22,6 +22,7 @@ from llmcompress.stages.base import Stage
 from llmcompress.stages.budget.stage import Budget
 from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.distill.stage import Distill
+from llmcompress.stages.kv_cache.stage import KVCache
 from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.quantize.stage import Quantize
@@ -40,6 +41,7 @@ STAGES: dict[str, type[Stage]] = {
         Codebook,
         Distill,
         Quantize,
+        KVCache,
         Budget,
     )
 }

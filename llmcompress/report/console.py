@@ -16,7 +16,14 @@ from rich.text import Text
 
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
 from llmcompress.report.counted import WORDS, Counted, beside_base, shown
-from llmcompress.report.schema import EffortFacts, Interval, ModelFacts, Report, TrainingFacts
+from llmcompress.report.schema import (
+    CacheFacts,
+    EffortFacts,
+    Interval,
+    ModelFacts,
+    Report,
+    TrainingFacts,
+)
 from llmcompress.report.search_facts import width_words
 
 if TYPE_CHECKING:
@@ -104,6 +111,30 @@ def fidelity_rows(report: Report) -> Rows:
     ]
 
 
+CACHE_HEADER = ("tokens of text", "bytes per token", "plain", "KL from plain", "perplexity", "plain")
+
+
+def cache_rows(facts: CacheFacts | None) -> Rows:
+    """Rows under CACHE_HEADER of the model with its KV cache as stored, beside itself with a plain one; none
+    if it was not measured."""
+    return [
+        (
+            f"{at.length:,}",
+            amount(at.bytes_per_token, "B"),
+            amount(at.plain_bytes_per_token, "B"),
+            nats(at.kl_nats_mean),
+            number(at.perplexity),
+            number(at.plain_perplexity),
+        )
+        for at in (facts.lengths if facts else ())
+    ]
+
+
+def cache_title(facts: CacheFacts | None) -> str:
+    """What stands above the rows."""
+    return f"KV cache in {facts.bits} bits" if facts else ""
+
+
 def kept_rows(report: Report, shown: int = KEPT_SHOWN) -> Rows:
     """Rows (linear, why it was kept); a last row counts those beyond `shown`."""
     kept = report.kept
@@ -164,6 +195,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
     _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))
     _print(console, "distance from the base", ("", "value"), fidelity_rows(report))
+    _print(console, cache_title(report.kv_cache), CACHE_HEADER, cache_rows(report.kv_cache))
     _print(
         console,
         "training",
@@ -203,6 +235,8 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
         ("top-1 agreement", measured_percent(get("top1_agreement"))),
     ]
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
+    cached = CacheFacts.model_validate(get("kv_cache")) if get("kv_cache") else None
+    _print(console, cache_title(cached), CACHE_HEADER, cache_rows(cached))
 
 
 def print_reproduction(

@@ -20,8 +20,11 @@ from llmcompress.io.local_names import is_path, short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.units import amount, measured_percent, number
 from llmcompress.report.console import (
+    CACHE_HEADER,
     Rows,
     before_after,
+    cache_rows,
+    cache_title,
     change,
     fidelity_rows,
     kept_rows,
@@ -32,6 +35,7 @@ from llmcompress.report.console import (
 )
 from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import (
+    CACHE,
     CHANGE_PICTURE,
     ERROR_PICTURE,
     PAGE,
@@ -207,9 +211,20 @@ def _change(report: Report) -> str:
     return (
         f"## Before and after\n\n{_table(header, before_after(report))}\n\n"
         f"{_table(('', 'value'), fidelity_rows(report))}\n\n"
+        f"{_cache(report)}"
         f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})\n\n"
         f"[{PAGE}]({PAGE}) shows what both models predict, token by token: download it and open it in a "
         "browser."
+    )
+
+
+def _cache(report: Report) -> str:
+    """What the KV cache costs as it is stored."""
+    if report.kv_cache is None:
+        return ""
+    return (
+        f"{cache_title(report.kv_cache)}, beside a plain one of the same model:\n\n"
+        f"{_table(CACHE_HEADER, cache_rows(report.kv_cache))}\n\n"
     )
 
 
@@ -233,17 +248,23 @@ def needed(report: Report) -> tuple[str, ...]:
 
 def install_command(report: Report) -> str:
     """The command that installs what loads the model."""
-    return " ".join(("pip install transformers accelerate", *needed(report)))
+    packages = dict.fromkeys((*needed(report), *(("llmcompress",) if _stores_cache(report) else ())))
+    return " ".join(("pip install transformers accelerate", *packages))
+
+
+def _stores_cache(report: Report) -> bool:
+    """Whether `generate` stores keys and values in fewer bits once llmcompress is imported."""
+    return any(stage.name == CACHE for stage in report.stages)
 
 
 def loading_code(report: Report, repo: str | None) -> str:
     """Python that loads the model and lets it write."""
     loads = report.auto_class or "AutoModelForCausalLM"
-    also = (
-        "import llmcompress  # without it, from_pretrained raises\n"
-        if "llmcompress" in needed(report)
-        else ""
-    )
+    also = ""
+    if "llmcompress" in needed(report):
+        also = "import llmcompress  # without it, from_pretrained raises\n"
+    elif _stores_cache(report):
+        also = "import llmcompress  # without it, generate makes a plain KV cache\n"
     named = (
         f'"{repo}"'
         if repo

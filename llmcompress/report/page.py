@@ -20,7 +20,10 @@ from llmcompress.io.units import amount, asked_percent, duration, measured_perce
 from llmcompress.report import charts
 from llmcompress.report.comparison import ComparedRow, compared, warning_of
 from llmcompress.report.console import (
+    CACHE_HEADER,
     before_after,
+    cache_rows,
+    cache_title,
     change,
     chosen_words,
     fidelity_rows,
@@ -266,6 +269,8 @@ def _view(subject: Subject, place: int) -> dict[str, Any]:
         "left_out": samples.left_out if samples else None,
         "before_after": before_after(report),
         "fidelity": fidelity_rows(report),
+        "cache_header": (f"{cache_title(report.kv_cache)}: {CACHE_HEADER[0]}", *CACHE_HEADER[1:]),
+        "cache": cache_rows(report.kv_cache),
         "trainings": training_rows(report),
         "times": time_rows(report),
         "kept": kept_rows(report),

@@ -38,6 +38,7 @@ ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before
 # keys of data for a Hub data set or a table
 DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")
 TRAINS = "distill"  # the stage whose facts are TrainingFacts
+CACHE = "kv_cache"  # the stage that stores the KV cache in fewer bits
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
 Amount = Annotated[FiniteFloat, Field(ge=0)]
@@ -268,6 +269,28 @@ class SampleFacts(_Facts):
     left_out: str | None = None
 
 
+class CachedLengthFacts(_Facts):
+    """The KV cache at a length of text: KL(plain cache || stored cache) in nats/token, and perplexity and
+    bytes per token with either."""
+
+    length: NonNegativeInt
+    kl_nats_mean: Amount
+    perplexity: Amount
+    plain_perplexity: Amount
+    bytes_per_token: Amount
+    plain_bytes_per_token: Amount
+
+
+class CacheFacts(_Facts):
+    """What it costs to store the keys and values of earlier tokens in `bits`: the compressed model beside
+    itself with a plain cache, on `tokens` of the evaluation text."""
+
+    bits: NonNegativeInt
+    per: str
+    tokens: NonNegativeInt
+    lengths: Annotated[tuple[CachedLengthFacts, ...], Field(strict=False, min_length=1)]
+
+
 class CostFacts(_Facts):
     """The cost of the whole run."""
 
@@ -299,6 +322,7 @@ class Report(_Facts):
     stages: Annotated[tuple[StageFacts, ...], Field(strict=False)]
     cost: CostFacts
     environment: EnvironmentFacts
+    kv_cache: CacheFacts | None = None  # present if config.json stores the cache in fewer bits
     samples: SampleFacts | None = None
 
     @property
@@ -329,6 +353,7 @@ class Report(_Facts):
             (facts, "auto_class"),
             (facts, "plug_in"),
             (facts, "own_code"),
+            (facts, "kv_cache"),
             (facts["fidelity"], "kl_nats_distribution"),
             *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
         ]

@@ -216,6 +216,7 @@ class Stage(Settings):
     has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
     combines: ClassVar[bool] = False  # whether it costs so much that training belongs after it
     shares: ClassVar[bool] = False  # whether layers may have one weight after it
+    keeps_weights: ClassVar[bool] = False  # whether it changes no weight, so that it may follow any other
 
     @property
     def models(self) -> dict[str, str]:
@@ -257,7 +258,7 @@ class Stage(Settings):
         return ""
 
     @property
-    def bits(self) -> tuple[float, float] | None:
+    def weight_bits(self) -> tuple[float, float] | None:
         """The least and the most bits per weight of the linears that it codes, scales included."""
         return None
 

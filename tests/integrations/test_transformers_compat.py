@@ -38,6 +38,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "Params4bit": {"formats.bitsandbytes_layout"},
     },
     "peft.tuners": {"tuners_utils": {"integrations.registration"}},
+    "transformers.cache_utils": {"DynamicLayer": {COMPAT}, "DynamicSlidingWindowLayer": {COMPAT}},
     "transformers.conversion_mapping": {"get_model_conversion_mapping": {COMPAT}},
     "transformers.core_model_loading": {
         "WeightConverter": {COMPAT},
@@ -49,6 +50,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "get_class_from_dynamic_module": {"io.own_code"},
         "get_relative_imports": {"io.own_code"},
     },
+    "transformers.generation": {"utils": {"integrations.registration"}},
     "transformers.integrations.bitsandbytes": {
         "Bnb4bitDeserialize": {COMPAT},
         "Bnb8bitDeserialize": {COMPAT},
@@ -90,9 +92,11 @@ ATTRIBUTES: dict[str, str] = {
     "_is_hf_initialized": "",  # set by us on a module, and read by transformers where it initialises weights
     "_keys_to_ignore_on_save": "transformers.PreTrainedModel",
     "_name_or_path": "transformers.PretrainedConfig",
+    "_prepare_cache_for_generation": "transformers.GenerationMixin",
     "_prepare_inputs": "transformers.Trainer",
     "_process_model_after_weight_loading": "transformers.quantizers.base.HfQuantizer",
     "_process_model_before_weight_loading": "transformers.quantizers.base.HfQuantizer",
+    "_supports_default_dynamic_cache": "transformers.GenerationMixin",
     "_tied_weights_keys": "transformers.PreTrainedModel",
     "_weight_conversions": "",  # set by from_pretrained on a model whose checkpoint was converted
 }

@@ -231,7 +231,7 @@ def test_what_is_found_for_a_memory_stays_within_it_once_it_is_loaded(place: Pla
     (found,) = searched.found
     report = run_recipe(found.recipe, tmp_path / "out")
     model = meta_model(place.base, config_of(place.base), CPU)
-    cache = context * known(cached_per_token(model))
+    cache = context * known(cached_per_token(model, context))
     held = [known(each.memory_bytes) + cache for each in (report.base, report.compressed)]
     assert searched.measure.base == held[0], "the base has what is counted of it"
     assert held[1] <= found.reached <= 0.6 * held[0]
@@ -250,7 +250,7 @@ def test_the_least_memory_has_int8_outside_the_layers(
     (found,) = place.search("33%", of="memory", context=8).found
     assert found.outside != "kept" and "the smallest that loads with llmcompress has" in str(caught.value)
     report = run_recipe(found.recipe, tmp_path / "out")
-    cache = 8 * known(cached_per_token(meta_model(place.base, config_of(place.base), CPU)))
+    cache = 8 * known(cached_per_token(meta_model(place.base, config_of(place.base), CPU), 8))
     assert 0.97 * found.reached <= known(report.compressed.memory_bytes) + cache <= found.reached
 
 

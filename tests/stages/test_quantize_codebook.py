@@ -338,7 +338,7 @@ def test_of_two_overrides_the_last_holds_and_levels_are_in_a_type_of_the_base() 
     assert chosen[f"{inner}self_attn.q_proj"] == CodebookScheme(CodebookLayout(16, 1, "float16"))
     assert chosen[f"{inner}mlp.gate_proj"] == CodebookScheme(CodebookLayout(4, 1, "float16"))
     assert chosen[f"{inner}mlp.up_proj"] == FourBitScheme("nf4", 32, False, torch.float32)
-    assert stage.bits == (2, 5) and stage.needs_plugin and stage.leaves == "2 to 5 bits per weight"
+    assert stage.weight_bits == (2, 5) and stage.needs_plugin and stage.leaves == "2 to 5 bits per weight"
     half = stage.coding(torch.bfloat16)
     assert isinstance(half, CodebookScheme) and half.layout.dtype == "bfloat16"
 

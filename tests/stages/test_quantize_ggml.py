@@ -226,7 +226,7 @@ def test_an_override_takes_the_format_without_the_group_size_of_the_others() -> 
     model = pico("llama", vocab_size=VOCABULARY)
     chosen, _ = stage.choose(InMemoryModel(model.config, model.state_dict(), CPU))
     assert chosen["model.layers.0.mlp.up_proj"] == GgmlScheme(GgmlLayout("q4_0"))
-    assert stage.bits == (4.25, 4.5) and stage.needs_plugin
+    assert stage.weight_bits == (4.25, 4.5) and stage.needs_plugin
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class Codebook(ExpertStage):
         return LINEARS
 
     @property
-    def bits(self) -> tuple[float, float]:
+    def weight_bits(self) -> tuple[float, float]:
         """The bits of an index; the few levels are not counted."""
         index = math.ceil(math.log2(self.entries))
         return index, index
@@ -105,7 +105,7 @@ class Codebook(ExpertStage):
     @property
     def leaves(self) -> str:
         """How many values weights can have."""
-        return f"{self.entries} values per {self.per}, {self.bits[0]:g} bits per weight"
+        return f"{self.entries} values per {self.per}, {self.weight_bits[0]:g} bits per weight"
 
     @property
     def takes_experts(self) -> bool:

@@ -196,7 +196,7 @@ class Quantize(FormatConfig, ExpertStage):
         return [self, *(override.over(self) for override in self.overrides.values())]
 
     @property
-    def bits(self) -> tuple[float, float]:
+    def weight_bits(self) -> tuple[float, float]:
         """The least and the most bits per weight, scales included, levels of codebooks excluded."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
@@ -234,7 +234,7 @@ class Quantize(FormatConfig, ExpertStage):
     @property
     def leaves(self) -> str:
         """The bits per weight, and what else is spared or coded."""
-        least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
+        least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.weight_bits)
         words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
         if self.protect and self.format not in FORMATS:
             words += f", {asked_percent(self.protect)} of the weights kept in their dtype"

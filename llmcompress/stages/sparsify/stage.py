@@ -115,14 +115,14 @@ class Sparsify(ExpertStage):
         return True
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
-        """Refuse a place that is not the last. Errors: ValueError."""
+        """Refuse a place before another stage that changes weights. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
             raise ValueError(
                 f"sparsify comes before {other}: weights that are shared, products or codes can't be cut "
                 "any more"
             )
-        if after:
-            why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
+        if later := [stage for stage in after if not stage.keeps_weights]:
+            why = "rounding would move its zeros" if later[0].quantizes else "its zeros are stored by place"
             raise ValueError(
                 f"sparsify is the last stage: {why}; cut whole units before it, and quantise none"
             )
