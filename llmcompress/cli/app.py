@@ -92,6 +92,7 @@ def run(
     from llmcompress.integrations import distributed
     from llmcompress.io import own_code
     from llmcompress.modeling.sequential import untracked
+    from llmcompress.pipeline.export import beside
     from llmcompress.pipeline.run import run_recipe
     from llmcompress.recipe import shipped
     from llmcompress.report.console import print_report
@@ -112,6 +113,8 @@ def run(
         f"The compressed model lies in {out_}; load it{after} with "
         f"{report.auto_class or 'AutoModelForCausalLM'}.from_pretrained({str(out_)!r}{code})."
     )
+    for to in steps.exports:
+        out.print(f"The export to {to} lies in {beside(out_, to)}.", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -137,6 +137,10 @@ class CompressedTensors:
     loading = LOADING
     language = "python"
 
+    def missing(self) -> str | None:
+        """Nothing is missing: files are written without the package."""
+        return None
+
     def refusal(self, artefact: Artefact) -> str | None:
         """Return why an artefact can't be written, naming the linear, or None."""
         if artefact.uneven:

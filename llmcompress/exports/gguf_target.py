@@ -76,10 +76,16 @@ class Gguf:
     loading = f"llama-cli -m {{name}}/{FILE} -p 'Once upon a time'"
     language = "bash"
 
-    def refusal(self, artefact: Artefact) -> str | None:
-        """Return why this artefact can't be written without quantising again, naming the linear; or None."""
+    def missing(self) -> str | None:
+        """Return that the package gguf is missing, or None."""
         if find_spec("gguf") is None:
             return "that needs the package gguf: pip install 'llmcompress[gguf]'"
+        return None
+
+    def refusal(self, artefact: Artefact) -> str | None:
+        """Return why this artefact can't be written without quantising again, naming the linear; or None."""
+        if why := self.missing():
+            return why
         config = artefact.model.text_config
         if why := gguf_families.refusal(config):
             return why

@@ -46,6 +46,9 @@ class Target(Protocol):
     def language(self) -> str:
         """The language of `loading`, as a code block names it."""
 
+    def missing(self) -> str | None:
+        """Return what this machine lacks for writing the target, and how to get it; or None."""
+
     def refusal(self, artefact: Artefact) -> str | None:
         """Return why this artefact can't be written without quantising again, naming the linear; or None.
 

@@ -7,6 +7,7 @@ rename, with a card and export.json, which say what it was made from and what wa
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +57,36 @@ def export(
 
     Raises:
         CompressError: there is no such target, the folder is no artefact, the target can't say it, or `out`
-        can't
-            be written.
+            can't be written.
     """
-    target, place = target_of(to), path_of(folder, "folder", ModelError)
+    target_of(to)
+    place = path_of(folder, "folder", ModelError)
     with own_code.permission(trust_remote_code):
         own_code.trust(place)
-        artefact = Artefact(place)
-        require(artefact, target)
-        return _write(artefact, target, path_of(out, argument("out"), OutputError), overwrite)
+        return repack(place, to, path_of(out, argument("out"), OutputError), overwrite=overwrite)
+
+
+def repack(place: Path, to: str, out: Path, *, overwrite: bool) -> Exported:
+    """Export the artefact in `place`, with the permission to run its code that is in force. Errors: as for
+    `export`."""
+    artefact, target = Artefact(place), target_of(to)
+    require(artefact, target)
+    return _write(artefact, target, out, overwrite)
+
+
+def beside(out: Path, to: str) -> Path:
+    """The folder of an export that a recipe asks for: OUT-gguf beside OUT."""
+    return out.with_name(f"{out.name}-{to}")
+
+
+def require_places(targets: Sequence[str], out: Path, base: Path, *, overwrite: bool) -> None:
+    """Refuse exports of a run that could not be written after it: the package or the place is missing.
+    Errors: CompressError."""
+    for to in targets:
+        if (why := target_of(to).missing()) is not None:
+            raise ModelError(f"the recipe exports to {to}, and {why}")
+        with Writer(beside(out, to), base, size_bytes=0, overwrite=overwrite, mark=FILE):
+            pass
 
 
 def require(artefact: Artefact, target: Target) -> None:

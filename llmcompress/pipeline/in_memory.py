@@ -15,7 +15,7 @@ from llmcompress.architectures.auto_classes import auto_class, has_own_code
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, mixed
 from llmcompress.data.sources import Effort
-from llmcompress.errors import ModelError
+from llmcompress.errors import ModelError, RecipeError
 from llmcompress.formats import (
     integer_embedding,
     registry,
@@ -65,6 +65,10 @@ def apply_recipe(
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
+    if recipe.export:
+        raise RecipeError(
+            "export needs a folder that is exported; give out, or leave export out of the recipe"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
     if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):

@@ -78,7 +78,7 @@ def reproduce(
     text = recipe.data.with_text(data) if data else _text(reported, recipe)
     # reports without the key are of sequences without BOS
     text = text.model_copy(update={"bos": reported.data.bos is True})
-    recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
+    recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept(), "export": None})
     on_cpu = pick_device(device or "cpu").type == "cpu"
     with (
         own_code.permission(trust_remote_code),

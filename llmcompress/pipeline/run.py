@@ -37,6 +37,7 @@ from llmcompress.modeling.token_limit import batches_of
 from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import Trial, trial_of
+from llmcompress.pipeline.export import beside, repack, require_places
 from llmcompress.pipeline.kv_cache import cache_facts
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
 from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
@@ -82,7 +83,8 @@ def run_recipe(
     `base`, `data` and `effort` take the place of the recipe's; a string of `data` is taken as
     DataSpec.with_text takes it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError
     for wrong input, and AcceptError if the result misses the recipe's bounds; then nothing is published, and
-    the finished layers are kept.
+    the finished layers are kept. An export that the recipe asks for and the result can't be put into is an
+    error as well; the result is there then.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -103,6 +105,8 @@ def run_recipe(
     pinned, spec, where = resolved.recipe, resolved.data, resolved.device
     require_same_vocabulary(resolved, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
+    if distributed.first():
+        require_places(recipe.exports, target, found.folder, overwrite=overwrite)
     with (
         Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
         if distributed.first()
@@ -162,6 +166,8 @@ def run_recipe(
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
+    for to in recipe.exports if distributed.first() else ():
+        repack(target, to, beside(target, to), overwrite=overwrite)
     return Report.of(target)
 
 

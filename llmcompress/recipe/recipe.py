@@ -14,7 +14,7 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -69,6 +69,9 @@ class Accept(BaseModel):
     )
 
 
+ExportTarget = Literal["compressed-tensors", "gguf"]
+
+
 class Recipe(BaseModel):
     """What is done to which model, on which text, and how much it may lose."""
 
@@ -98,6 +101,11 @@ class Recipe(BaseModel):
     )
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, description="what is done, in order")]
     accept: Accept = Field(default=Accept(), description="bounds that the result must keep")
+    export: ExportTarget | Annotated[tuple[ExportTarget, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="engines, one or a list, for which the result is repacked too, each in a folder beside "
+        "it, as OUT-gguf",
+    )
     _origin: RecipeFacts | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -113,6 +121,11 @@ class Recipe(BaseModel):
         """The number of tokens that the training stages ask for, if sequences of the data have `length`
         tokens."""
         return max(stage.training_tokens(length) for stage in self.stages)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The targets that the result is exported to."""
+        return (self.export,) if isinstance(self.export, str) else self.export or ()
 
     @property
     def student(self) -> str | None:

@@ -6,12 +6,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmcompress.errors import CompressError, ModelError, OutputError
+from llmcompress.errors import CompressError, ModelError, OutputError, RecipeError
 from llmcompress.exports import registry
 from llmcompress.exports.artefact import Artefact
 from llmcompress.exports.card import FILE
@@ -19,8 +20,10 @@ from llmcompress.exports.target import Written
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.registry import dequantize
 from llmcompress.io.output_folder import Writer
+from llmcompress.pipeline.api import compress
 from llmcompress.pipeline.export import export
-from tests.bases import save_base
+from llmcompress.recipe.recipe import ExportTarget, Recipe
+from tests.bases import save_base, write_text
 from tests.exports.artefacts import grouped, written
 
 
@@ -33,6 +36,9 @@ class Floats:
     loads_with: str = "transformers"
     loading: str = 'AutoModelForCausalLM.from_pretrained("{name}")'
     language: str = "python"
+
+    def missing(self) -> str | None:
+        return None
 
     def refusal(self, artefact: Artefact) -> str | None:
         wrong = [each for each in artefact.matrices.values() if each.format == "w8a8"]
@@ -152,3 +158,61 @@ def test_an_artefact_that_lacks_a_tensor_is_refused(name: str, artefact: Path, t
 
 def test_a_plain_base_has_no_matrices(tmp_path: Path) -> None:
     assert not Artefact(save_base(tmp_path / "base")).matrices
+
+
+@pytest.fixture
+def exporting(tmp_path: Path) -> dict[str, object]:
+    """A recipe that exports what it makes of a pico model."""
+    base = save_base(tmp_path / "base")
+    text = write_text(tmp_path / "text.txt")
+    data = {"source": str(text), "samples": 4, "length": 32, "evaluation_samples": 2}
+    stages = [{"quantize": {"format": "w4a16", "group_size": 32, "rounding": "nearest"}}]
+    return {"base": str(base), "data": data, "stages": stages, "export": "compressed-tensors"}
+
+
+def test_a_recipe_exports_its_result_beside_it(exporting: dict[str, object], tmp_path: Path) -> None:
+    compress(None, exporting, tmp_path / "out")
+    beside = tmp_path / "out-compressed-tensors"
+    export(tmp_path / "out", "compressed-tensors", tmp_path / "alone")
+    ours, alone = (load_file(place / "model.safetensors") for place in (beside, tmp_path / "alone"))
+    assert ours.keys() == alone.keys() and all(torch.equal(ours[name], alone[name]) for name in ours)
+    assert json.loads((beside / FILE).read_text())["target"] == "compressed-tensors"
+
+
+def test_an_export_without_a_place_is_refused_before_the_run(
+    exporting: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "out-compressed-tensors").mkdir()
+    (tmp_path / "out-compressed-tensors" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="out-compressed-tensors exists"):
+        compress(None, exporting, tmp_path / "out")
+    with pytest.raises(OutputError, match="holds other things than a result with export"):
+        compress(None, exporting, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out").exists()
+    assert [*(tmp_path / "out-compressed-tensors").iterdir()] == [
+        tmp_path / "out-compressed-tensors/mine.txt"
+    ]
+
+
+def test_what_a_target_cannot_say_leaves_the_result(exporting: dict[str, object], tmp_path: Path) -> None:
+    exporting["stages"] = [{"quantize": {"format": "nf4", "rounding": "nearest"}}]
+    with pytest.raises(ModelError, match="can't be exported to compressed-tensors"):
+        compress(None, exporting, tmp_path / "out")
+    assert (tmp_path / "out" / "report.json").is_file()
+    assert not (tmp_path / "out-compressed-tensors").exists()
+
+
+def test_a_recipe_names_targets_that_there_are(exporting: dict[str, object]) -> None:
+    assert {*get_args(ExportTarget)} == {*registry.TARGETS} - {"floats"}
+    assert Recipe.of_entries(exporting).exports == ("compressed-tensors",)
+    several = Recipe.of_entries({**exporting, "export": ["gguf", "compressed-tensors"]})
+    assert several.exports == ("gguf", "compressed-tensors")
+    without = {key: value for key, value in exporting.items() if key != "export"}
+    assert "export" not in Recipe.of_entries(without).to_yaml()
+    with pytest.raises(RecipeError, match="export"):
+        Recipe.of_entries({**exporting, "export": "onnx"})
+
+
+def test_a_model_in_memory_is_not_exported(exporting: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match="export needs a folder that is exported; give out"):
+        compress(None, exporting)
