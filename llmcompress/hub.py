@@ -147,13 +147,20 @@ class Pushed:
 
 
 def push(
-    repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()
+    repo: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    private: bool,
+    message: str,
+    replaced: Iterable[str] = (),
+    other: str | None = None,
 ) -> Pushed:
     """Put files into the repository `repo` on the Hub in one commit, creating the repository if needed.
 
     Content that is there already is not sent again, nor are large files that an interrupted upload had
     finished: they are known by their hash. Files of the repository that match one of the patterns `replaced`
-    and are not in `files` are deleted in that commit. Errors: OutputError.
+    and are not in `files` are deleted in that commit. A repository that holds the file `other` is refused, as
+    it is of another kind. Errors: OutputError.
     """
     api = HfApi()
     if offline():
@@ -163,6 +170,10 @@ def push(
     ):
         where = api.create_repo(repo, private=private, exist_ok=True)
         there = set(api.list_repo_files(where.repo_id))
+        if other in there:
+            raise OutputError(
+                f"{repo} has {other}: an artefact and an export don't go into one repository; give another"
+            )
         stale = [name for name in there - set(files) if any(fnmatch(name, pattern) for pattern in replaced)]
         added = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)

@@ -386,7 +386,7 @@ def push(
     ] = False,
     message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
 ) -> None:
-    """Share a finished run on the Hub in one commit. After a broken upload, run it again."""
+    """Share a finished run or export on the Hub in one commit. After a broken upload, run it again."""
     from llmcompress.pipeline.push import push as send
 
     pushed = send(folder, repo, private=private, message=message)
@@ -401,7 +401,10 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="TARGET", help="Layout to write: compressed-tensors (vLLM).", show_default=False
+            "--to",
+            metavar="TARGET",
+            help="Layout to write: compressed-tensors (vLLM) or gguf (llama.cpp).",
+            show_default=False,
         ),
     ],
     out_: options.Out = Path("exported"),

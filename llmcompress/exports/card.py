@@ -6,11 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llmcompress.errors import CompressError, OutputError, first_line
 from llmcompress.exports.target import Target, Written
+from llmcompress.io.checkpoint import read_json
 from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, number
 from llmcompress.report.console import nats
@@ -41,6 +44,17 @@ class ExportFacts:
     size_bytes: int
     converted: dict[str, str]
     notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> ExportFacts:
+        """Read the export.json of a folder. Errors: OutputError."""
+        try:
+            said = read_json(folder / FILE)
+            return cls(**{key: value for key, value in said.items() if key != "schema"})
+        except (CompressError, TypeError) as error:
+            raise OutputError(
+                f"{folder / FILE} can't be read ({first_line(error)}); export again to write it anew"
+            ) from None
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -135,6 +135,7 @@ class CompressedTensors:
     extra = "vllm"
     loads_with = "vLLM, and for transformers with the package compressed-tensors"
     loading = LOADING
+    loading_from_hub = LOADING
     language = "python"
 
     def missing(self) -> str | None:

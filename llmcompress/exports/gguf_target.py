@@ -74,6 +74,7 @@ class Gguf:
     extra = "gguf"
     loads_with = "llama.cpp"
     loading = f"llama-cli -m {{name}}/{FILE} -p 'Once upon a time'"
+    loading_from_hub = "llama-cli -hf {name} -p 'Once upon a time'"
     language = "bash"
 
     def missing(self) -> str | None:

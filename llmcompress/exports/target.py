@@ -43,6 +43,10 @@ class Target(Protocol):
         """Code that loads the result, for the card; `{name}` stands for the folder."""
 
     @property
+    def loading_from_hub(self) -> str:
+        """The same from a repository on the Hub, whose id `{name}` stands for."""
+
+    @property
     def language(self) -> str:
         """The language of `loading`, as a code block names it."""
 

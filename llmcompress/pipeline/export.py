@@ -118,6 +118,10 @@ def _write(artefact: Artefact, target: Target, out: Path, overwrite: bool) -> Ex
     return Exported(published, facts)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in the folder of an export."""
+    return sorted(file for end in ("safetensors", "gguf") for file in folder.glob(f"*.{end}"))
+
+
 def _weight_bytes(folder: Path) -> int:
-    """The bytes of the files of weights in a folder."""
-    return sum(file.stat().st_size for end in ("safetensors", "gguf") for file in folder.glob(f"*.{end}"))
+    return sum(file.stat().st_size for file in weight_files(folder))

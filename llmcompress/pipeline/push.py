@@ -14,11 +14,13 @@ from pathlib import Path
 
 from llmcompress import hub
 from llmcompress.errors import OutputError
+from llmcompress.exports.card import FILE as EXPORT
 from llmcompress.io import own_code
 from llmcompress.io.checkpoint import INDEX, Checkpoint
 from llmcompress.io.companion_files import CONFIG, is_inside, kept
 from llmcompress.io.local_names import without
 from llmcompress.io.tokenizer import LEGACY, SETTINGS, vocabulary_files
+from llmcompress.pipeline import push_export
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
@@ -37,20 +39,26 @@ from llmcompress.report.schema import (
 
 PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
 # files of an earlier artefact that go if this one has none
-REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)
+REPLACED = ("model*.safetensors*", "*.gguf", *PICTURES, EVALUATIONS, *LEGACY)
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:
-    """Upload the artefact in `folder` to the Hub repository `repo`, creating it if necessary, in one commit.
+    """Upload the artefact or export in `folder` to the Hub repository `repo`, creating it if necessary, in
+    one commit.
 
     After a broken upload the same call resumes: what has arrived is not sent again. Files of an earlier
     artefact that this one no longer has, such as other shards, are removed in the same commit. Errors:
-    CompressError if the folder is no whole artefact, OutputError if the Hub refuses.
+    CompressError if the folder is no whole artefact or export, OutputError if the Hub refuses, or if the
+    repository holds the other of the two.
     """
     if not hub.is_repository(repo):
         raise OutputError(f"{repo} is no id of a repository; give one like user/name")
-    files, about = outgoing(Path(folder), repo)
-    return hub.push(repo, files, private=private, message=message or about, replaced=REPLACED)
+    place = Path(folder)
+    if push_export.is_export(place):
+        (files, about), other = push_export.outgoing(place, repo), FILE
+    else:
+        (files, about), other = outgoing(place, repo), EXPORT
+    return hub.push(repo, files, private=private, message=message or about, replaced=REPLACED, other=other)
 
 
 def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:

@@ -35,6 +35,7 @@ class Floats:
     extra: str = "dev"
     loads_with: str = "transformers"
     loading: str = 'AutoModelForCausalLM.from_pretrained("{name}")'
+    loading_from_hub: str = 'AutoModelForCausalLM.from_pretrained("{name}")'
     language: str = "python"
 
     def missing(self) -> str | None:
