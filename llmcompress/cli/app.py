@@ -208,8 +208,8 @@ def search(
         bool, typer.Option("--frontier", help="Also 25, 35, 50 and 75 % of the base's bytes.")
     ] = False,
     loads_with: Annotated[
-        Literal["transformers", "llmcompress"],
-        typer.Option("--loads-with", help="What is to load the result."),
+        Literal["transformers", "llmcompress", "compressed-tensors", "gguf"],
+        typer.Option("--loads-with", help="What is to load the result, or the export that is to hold it."),
     ] = "llmcompress",
     choose_among: Annotated[
         list[str] | None,

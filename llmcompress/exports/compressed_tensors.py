@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from llmcompress.exports.artefact import Artefact, Matrix
 from llmcompress.exports.target import Written
@@ -140,6 +141,10 @@ class CompressedTensors:
 
     def missing(self) -> str | None:
         """Nothing is missing: files are written without the package."""
+        return None
+
+    def unsupported(self, config: PretrainedConfig) -> str | None:
+        """Any family can be written."""
         return None
 
     def refusal(self, artefact: Artefact) -> str | None:

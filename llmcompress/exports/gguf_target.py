@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from llmcompress.errors import ModelError
 from llmcompress.exports import gguf_families
@@ -82,6 +83,10 @@ class Gguf:
         if find_spec("gguf") is None:
             return "that needs the package gguf: pip install 'llmcompress[gguf]'"
         return None
+
+    def unsupported(self, config: PretrainedConfig) -> str | None:
+        """Return why llama.cpp can't run a model of this config, or None."""
+        return gguf_families.refusal(config.get_text_config(decoder=True))
 
     def refusal(self, artefact: Artefact) -> str | None:
         """Return why this artefact can't be written without quantising again, naming the linear; or None."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from transformers import PretrainedConfig
+
 from llmcompress.exports.artefact import Artefact
 from llmcompress.io.output_folder import Writer
 
@@ -52,6 +54,9 @@ class Target(Protocol):
 
     def missing(self) -> str | None:
         """Return what this machine lacks for writing the target, and how to get it; or None."""
+
+    def unsupported(self, config: PretrainedConfig) -> str | None:
+        """Return why no model of a config can be written, whatever its formats; or None."""
 
     def refusal(self, artefact: Artefact) -> str | None:
         """Return why this artefact can't be written without quantising again, naming the linear; or None.

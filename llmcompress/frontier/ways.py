@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.stages.budget.stage import Loader
 from llmcompress.stages.quantize.config import FormatConfig
 
-Loader = Literal["transformers", "llmcompress"]
 KEPT = "kept"
 
 
@@ -50,10 +50,11 @@ FOUR_BITS = (
 )
 INT8 = Way("int8", {"format": "int8"})
 NATIVE = (Palette((KEEP, *FOUR_BITS), native=True), Palette((KEEP, INT8), native=True))
+EIGHT_BITS = Way("w8a16", {"format": "w8a16"})
 MIXED = Palette(
     (
         KEEP,
-        Way("w8a16", {"format": "w8a16"}),
+        EIGHT_BITS,
         *FOUR_BITS[:3],
         *(Way(f"codebook of {size}", {"format": "codebook", "entries": size}) for size in (16, 8, 4)),
     ),
@@ -61,6 +62,27 @@ MIXED = Palette(
 )
 
 
+EXPORTED = {
+    "gguf": Palette(
+        (KEEP, EIGHT_BITS, *(Way(name, {"format": name}) for name in ("iq4_nl", "q4_0"))), native=False
+    ),
+    "compressed-tensors": Palette(
+        (
+            KEEP,
+            EIGHT_BITS,
+            *(
+                Way(f"w4a16, groups of {size}", {"format": "w4a16", "group_size": size})
+                for size in (32, 64, 128)
+            ),
+        ),
+        native=False,
+    ),
+}
+
+
 def palettes(loads_with: Loader) -> tuple[Palette, ...]:
-    """The palettes that a loader allows; what plain transformers loads, the plug-in loads too."""
+    """The palettes that a loader allows; what plain transformers loads, the plug-in loads too, and an export
+    holds what the plug-in mixes."""
+    if loads_with in EXPORTED:
+        return (EXPORTED[loads_with],)
     return NATIVE if loads_with == "transformers" else (*NATIVE, MIXED)

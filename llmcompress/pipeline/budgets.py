@@ -20,7 +20,7 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import CompressError, ModelError, argument
 from llmcompress.frontier.choice import BYTES, Outer, Quantity
 from llmcompress.frontier.running import HEAD_WAYS, Shape, Taken, coded_head, held_bytes, nanoseconds
-from llmcompress.frontier.ways import KEEP, Loader, Palette
+from llmcompress.frontier.ways import KEEP, Palette
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.io.units import rate_of
@@ -34,6 +34,7 @@ from llmcompress.pipeline.plan import cached_per_token
 from llmcompress.pipeline.resolve import bytes_within
 from llmcompress.report.counted import Counted, shown
 from llmcompress.report.metrics import environment
+from llmcompress.stages.budget.stage import EXPORTED, Loader
 from llmcompress.stages.linear_rewriting import refused
 
 TIMES = "times"  # entry of the journal of what was timed
@@ -90,7 +91,7 @@ class Measure:
                 "base"
             )
         beside = f" with the cache of {self.context} tokens" if self.counted == "memory" else ""
-        if self.counted == "size" and not widths:
+        if self.counted == "size" and not widths and loads_with not in EXPORTED:
             beside = ", and less with prune among the choices"
         return CompressError(
             f"{given} is less than any choice of {'formats and widths' if widths else 'formats'} leaves; the "

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from llmcompress.errors import ModelError, OutputError, argument
 from llmcompress.exports.artefact import Artefact
 from llmcompress.exports.card import FILE, ExportFacts, card, facts_of
@@ -79,12 +81,21 @@ def beside(out: Path, to: str) -> Path:
     return out.with_name(f"{out.name}-{to}")
 
 
-def require_places(targets: Sequence[str], out: Path, base: Path, *, overwrite: bool) -> None:
-    """Refuse exports of a run that could not be written after it: the package or the place is missing.
-    Errors: CompressError."""
+def require_possible(to: str, config: PretrainedConfig) -> None:
+    """Refuse a target that can hold no model of a config, or that this machine can't write. Errors:
+    ModelError."""
+    target = target_of(to)
+    if (why := target.missing() or target.unsupported(config)) is not None:
+        raise ModelError(f"the result can't be exported to {to}: {why}")
+
+
+def require_places(
+    targets: Sequence[str], out: Path, base: Path, config: PretrainedConfig, *, overwrite: bool
+) -> None:
+    """Refuse exports of a run for which the package, the family or the place is missing. Errors:
+    CompressError."""
     for to in targets:
-        if (why := target_of(to).missing()) is not None:
-            raise ModelError(f"the recipe exports to {to}, and {why}")
+        require_possible(to, config)
         with Writer(beside(out, to), base, size_bytes=0, overwrite=overwrite, mark=FILE):
             pass
 

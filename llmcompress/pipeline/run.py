@@ -106,7 +106,7 @@ def run_recipe(
     require_same_vocabulary(resolved, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
     if distributed.first():
-        require_places(recipe.exports, target, found.folder, overwrite=overwrite)
+        require_places(recipe.exports, target, found.folder, config, overwrite=overwrite)
     with (
         Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
         if distributed.first()

@@ -16,9 +16,10 @@ from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import CompressError, OutputError, argument
 from llmcompress.frontier.choice import Outer, Uniform, best, counted, least, taken, uniform
 from llmcompress.frontier.costs import Priced, measured
+from llmcompress.frontier.joined import joined
 from llmcompress.frontier.outside import outers
 from llmcompress.frontier.spelling import stages_of
-from llmcompress.frontier.ways import Loader, Palette, Way, palettes
+from llmcompress.frontier.ways import Palette, Way, palettes
 from llmcompress.integrations import distributed
 from llmcompress.io import own_code
 from llmcompress.io.journal import JournalFacts
@@ -30,6 +31,7 @@ from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.pipeline.budgets import CONTEXT, Measure, of_memory, of_size, of_speed
+from llmcompress.pipeline.export import require_possible
 from llmcompress.pipeline.narrowing import Narrowing
 from llmcompress.pipeline.resolve import (
     Base,
@@ -45,7 +47,7 @@ from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.counted import Counted
 from llmcompress.report.page import search_page
 from llmcompress.report.search_facts import FILE, PAGE, SearchFacts
-from llmcompress.stages.budget.stage import CHOICES, Budget, unfit
+from llmcompress.stages.budget.stage import EXPORTED, Budget, Loader, choices, unfit
 
 PRICES = "prices"  # entry of the journal of a finished search
 
@@ -144,7 +146,7 @@ class Question:
     @property
     def choices(self) -> Sequence[str]:
         """What may be done to a layer."""
-        return self.choose_among or (CHOICES if self.of == "size" else ("quantize",))
+        return choices(self.choose_among, self.of, self.loads_with)
 
 
 class Prices(JournalFacts):
@@ -181,10 +183,10 @@ def search(
         of: `size` of the files, `memory` of the loaded model with its cache, or `tokens_per_s`, the speed of
             writing at batch size 1 on this machine.
         context: tokens in the cache that `memory` counts.
-        loads_with: `transformers` for a result that loads without llmcompress, or `llmcompress` for all
-            formats.
-        choose_among: what may be done to a layer: `quantize`, or also `prune`, which `of="size"` alone takes
-            and has by default.
+        loads_with: `transformers` for a result that loads without llmcompress, `llmcompress` for all
+            formats, or the `export` that is to hold the result, which the recipe then asks for.
+        choose_among: what may be done to a layer: `quantize`, or also `prune`, which `of="size"` alone takes,
+            and no export; by default all that is possible.
         data: the text, as a `DataSpec` or as `--data` takes it.
         effort: how much text is read, as for `compress`; the recipe has it too.
         device: `cpu` or `cuda`; the first GPU where there is one.
@@ -233,10 +235,12 @@ def expanded(
 
 
 def _searched(base: Base, asked: Question) -> Searched:
-    if wrong := unfit(asked.choices, asked.of):
+    if wrong := unfit(asked.choices, asked.of, asked.loads_with):
         raise CompressError(f"{argument('choose_among')} {wrong}")
     where = pick_device(asked.device)
-    config_of(base.folder, base=True)
+    config = config_of(base.folder, base=True)
+    if asked.loads_with in EXPORTED:
+        require_possible(asked.loads_with, config)
     spec = asked.spec
     opened = partial(DiskModel, base.folder, where)
     read = opened()
@@ -255,6 +259,9 @@ def _searched(base: Base, asked: Question) -> Searched:
         return prices_of(opened, text, spec.seed, ways_of(offered), asked.track, known)
 
     prices = price(opened)
+    if asked.loads_with == "compressed-tensors":  # its engines join linears, and take no int8 embedding
+        outside = tuple(outer for outer in prices.outers if outer.native)
+        prices = Prices(units=tuple(joined(prices.units, opened())), outers=outside)
     narrowing = None
     if "prune" in asked.choices:
         narrowing = Narrowing(
@@ -276,7 +283,7 @@ def _searched(base: Base, asked: Question) -> Searched:
         found.append(
             Found(
                 asked=words,
-                recipe=_recipe(base, asked.data, asked.effort, stages),
+                recipe=_recipe(base, asked, stages),
                 base_bytes=whole,
                 size_bytes=choice.size_bytes,
                 expected_nats=narrowed.expected if narrowed else choice.nats,
@@ -364,16 +371,15 @@ def prices_of(
     return found
 
 
-def _recipe(
-    base: Base, data: str | DataSpec | None, effort: Effort | None, stages: list[dict[str, Any]]
-) -> Recipe:
+def _recipe(base: Base, asked: Question, stages: list[dict[str, Any]]) -> Recipe:
     """The recipe of what was found, on the same base and text."""
     entries: dict[str, Any] = {"base": base.name}
     if base.revision:
         entries["revision"] = base.revision
-    if data is not None:
-        spec = DataSpec().with_text(data) if isinstance(data, str) else data
-        entries["data"] = spec.model_dump(exclude_unset=True)
-    if effort is not None:
-        entries["effort"] = effort
+    if asked.data is not None:
+        entries["data"] = asked.spec.model_dump(exclude_unset=True)
+    if asked.effort is not None:
+        entries["effort"] = asked.effort
+    if asked.loads_with in EXPORTED:
+        entries["export"] = asked.loads_with
     return Recipe.of_entries({**entries, "stages": stages})

@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from llmcompress.errors import CompressError, ModelError, OutputError, RecipeError
 from llmcompress.exports import registry
@@ -39,6 +40,9 @@ class Floats:
     language: str = "python"
 
     def missing(self) -> str | None:
+        return None
+
+    def unsupported(self, config: PretrainedConfig) -> str | None:
         return None
 
     def refusal(self, artefact: Artefact) -> str | None:

@@ -21,11 +21,19 @@ from llmcompress.report.counted import Counted
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "budget"
+Loader = Literal["transformers", "llmcompress", "compressed-tensors", "gguf"]
+EXPORTED: tuple[Loader, ...] = ("compressed-tensors", "gguf")  # what loads an export of the result
 Chosen = Literal["quantize", "prune"]
 CHOICES: tuple[Chosen, ...] = ("quantize", "prune")  # what may be done to a layer, by default
 
 
-def unfit(chosen: Sequence[str], counted: Counted) -> str | None:
+def choices(chosen: Sequence[str] | None, counted: Counted, loads_with: Loader) -> Sequence[str]:
+    """What may be done to a layer, if `chosen` is what the user says of it."""
+    widths = counted == "size" and loads_with not in EXPORTED
+    return chosen or (CHOICES if widths else ("quantize",))
+
+
+def unfit(chosen: Sequence[str], counted: Counted, loads_with: Loader) -> str | None:
     """Why a search within such a budget can't choose among these, or None."""
     if unknown := [word for word in chosen if word not in CHOICES]:
         return f"has {shortened(unknown[0])}, which is no choice; use {' or '.join(CHOICES)}"
@@ -33,6 +41,8 @@ def unfit(chosen: Sequence[str], counted: Counted) -> str | None:
         return "needs quantize; to prune alone, write a recipe with prune: {axis: ffn, size: ...}"
     if "prune" in chosen and counted != "size":
         return f"has prune, but widths are chosen within a size, not within {counted}; leave prune out"
+    if "prune" in chosen and loads_with in EXPORTED:
+        return f"has prune, but no widths are chosen for {loads_with}; leave prune out"
     return None
 
 
@@ -62,15 +72,16 @@ class Budget(Stage):
     context: int | None = Field(
         default=None, ge=1, le=10**9, description="tokens in the cache that `memory` counts; 2048 if not set"
     )
-    loads_with: Literal["transformers", "llmcompress"] = Field(
+    loads_with: Loader = Field(
         default="llmcompress",
-        description="what is to load the result: `transformers` alone, or `llmcompress`, with all formats",
+        description="what is to load the result: `transformers` alone, or `llmcompress`, with all formats, "
+        "or the `export` that is to hold it",
     )
 
     choose_among: Annotated[tuple[Chosen, ...], Field(min_length=1, strict=False)] | None = Field(
         default=None,
         description="what may be done to a layer: `quantize` gives each linear a format, `prune` each layer "
-        "its neurons and heads, within a size alone; by default both, beside other budgets `quantize`",
+        "its neurons and heads, within a size alone, and not for exports; by default all that is possible",
     )
 
     @model_validator(mode="after")
@@ -92,7 +103,9 @@ class Budget(Stage):
             )
         if self.context is not None and self.memory is None:
             raise ValueError("context is the length of the cache that memory counts; leave it out")
-        if self.choose_among is not None and (wrong := unfit(self.choose_among, self.counted)):
+        if self.choose_among is not None and (
+            wrong := unfit(self.choose_among, self.counted, self.loads_with)
+        ):
             raise ValueError(f"choose_among {wrong}")
         return self
 
@@ -126,7 +139,7 @@ class Budget(Stage):
     @property
     def needs_plugin(self) -> bool:
         """Whether formats of the plug-in are allowed."""
-        return self.loads_with == "llmcompress"
+        return self.loads_with != "transformers"
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse another place than the first. Errors: ValueError."""
