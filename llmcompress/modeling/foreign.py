@@ -69,6 +69,7 @@ class WholeModel:
                 model, info = auto_class(config).from_pretrained(
                     folder, config=config, use_safetensors=True, output_loading_info=True, **options
                 )
+            _first_forward(model.eval())
         except Exception as error:  # each method raises its own errors; all say that it can't be loaded here
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(
@@ -79,7 +80,7 @@ class WholeModel:
                 f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it "
                 "again"
             )
-        return cls(model.eval(), device, size)
+        return cls(model, device, size)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -115,6 +116,13 @@ class WholeModel:
             del decoder.forward
             if before is not None:
                 decoder.forward = before
+
+
+@torch.no_grad()
+def _first_forward(model: PreTrainedModel) -> None:
+    """Let a method finish loading: compressed-tensors turns codes into floats at the first forward of the
+    whole model, which does not come if its decoder is run alone."""
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def _require_memory(folder: Path, size: int, device: torch.device) -> None:

@@ -38,6 +38,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "Params4bit": {"formats.bitsandbytes_layout"},
     },
     "peft.tuners": {"tuners_utils": {"integrations.registration"}},
+    "transformers": {"initialization": {"architectures.unfilled"}},
     "transformers.cache_utils": {"DynamicLayer": {COMPAT}, "DynamicSlidingWindowLayer": {COMPAT}},
     "transformers.conversion_mapping": {"get_model_conversion_mapping": {COMPAT}},
     "transformers.core_model_loading": {
