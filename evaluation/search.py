@@ -42,13 +42,13 @@ from evaluation.rivals.quantizers import GROUP_SIZES
 from evaluation.runs import known, losses, run
 from llmcompress.frontier.choice import Choice, Uniform
 from llmcompress.frontier.spelling import stages_of
-from llmcompress.frontier.ways import KEPT, MIXED, Way, palettes
+from llmcompress.frontier.ways import KEPT, MIXED, Way, palettes, ways_of
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.io.units import share_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.resolve import calibration_data, find_base
-from llmcompress.pipeline.search import Found, Prices, Searched, prices_of, search, ways_of
+from llmcompress.pipeline.search import Found, Prices, Searched, prices_of, search
 from llmcompress.recipe.recipe import Recipe
 
 NAME = "search"

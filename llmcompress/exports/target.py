@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transformers import PretrainedConfig
 
 from llmcompress.exports.artefact import Artefact
 from llmcompress.io.output_folder import Writer
+
+TargetName = Literal["compressed-tensors", "gguf"]  # those of `registry.TARGETS`, for recipes and options
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,15 @@ class GridScheme(ABC):
             result.scale_RG,
         )
 
+    def inputs(self, input_scale: float | None = None) -> Inputs | None:
+        """How the kernel rounds the inputs of a linear: None if it does not round them."""
+        return None
+
+    def static_scale(self, top: float) -> float | None:
+        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
+        scale."""
+        return None
+
     def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
         """Another process's solution for a linear of so many columns, from its parts."""
         return self.solution(RoundedWeight(parts["index"].long(), parts["scale"]), input_scale)
@@ -189,15 +198,6 @@ class FourBitScheme(GridScheme):
         return bitsandbytes_layout.Packed(
             codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested
         )
-
-    def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds the inputs of a linear: it does not round them."""
-        return None
-
-    def static_scale(self, top: float) -> float | None:
-        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
-        scale."""
-        return None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
@@ -411,15 +411,6 @@ class GgmlScheme(GridScheme):
         """As for any grid. Errors: Overflow for weights whose scales float16 does not hold."""
         require_within(W_RC / self.unit, torch.float16, f"scales of {self.format}")
         return super().solve(W_RC, factors, input_scale)
-
-    def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds the inputs of a linear: it does not round them."""
-        return None
-
-    def static_scale(self, top: float) -> float | None:
-        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
-        scale."""
-        return None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Give the largest weight of a group the outermost level, and the others the nearest.

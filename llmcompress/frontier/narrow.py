@@ -53,9 +53,7 @@ def narrow(
     """The widths of the model that is expected to lose least in at most `budget` bytes, or None if nothing is
     so small. With `uniform`, all of its layers keep the same number of an axis."""
     found: list[tuple[float, int, list[Width]]] = []
-    each = [_alike(parts, kept) for kept in _alike_counts(parts)] if uniform else [list(parts)]
-    # layers of different widths need the plug-in, in which no bytes are native
-    offered = palettes if uniform else [palette for palette in palettes if not palette.native]
+    each, offered = _possible(parts, palettes, uniform=uniform)
     for choices in each:
         for palette, outer in together(offered, outers):
             chosen = _within(choices, palette, budget - outer.size_bytes)
@@ -72,13 +70,22 @@ def least(
     parts: Sequence[Part], palettes: Sequence[Palette], outers: Sequence[Outer], *, uniform: bool
 ) -> int:
     """The bytes of the smallest model that can be chosen."""
-    offered = palettes if uniform else [palette for palette in palettes if not palette.native]
-    each = [_alike(parts, kept) for kept in _alike_counts(parts)] if uniform else [list(parts)]
+    each, offered = _possible(parts, palettes, uniform=uniform)
     return min(
         outer.size_bytes + sum(min(_smallest(width, palette) for width in part.widths) for part in choices)
         for choices in each
         for palette, outer in together(offered, outers)
     )
+
+
+def _possible(
+    parts: Sequence[Part], palettes: Sequence[Palette], *, uniform: bool
+) -> tuple[list[list[Part]], Sequence[Palette]]:
+    """The parts with the widths that may stand beside each other, and the palettes for them. Layers of
+    different widths need the plug-in, in which no bytes are native."""
+    if uniform:
+        return [_alike(parts, kept) for kept in _alike_counts(parts)], palettes
+    return [list(parts)], [palette for palette in palettes if not palette.native]
 
 
 def _smallest(width: Width, palette: Palette) -> int:

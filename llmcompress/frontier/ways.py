@@ -7,7 +7,7 @@ all of its formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +86,8 @@ def palettes(loads_with: Loader) -> tuple[Palette, ...]:
     if loads_with in EXPORTED:
         return (EXPORTED[loads_with],)
     return NATIVE if loads_with == "transformers" else (*NATIVE, MIXED)
+
+
+def ways_of(offered: Sequence[Palette]) -> list[Way]:
+    """All ways of some palettes, once."""
+    return list({way.name: way for palette in offered for way in palette.ways}.values())

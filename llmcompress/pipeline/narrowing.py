@@ -16,7 +16,7 @@ from llmcompress.frontier.choice import Choice, Outer, best
 from llmcompress.frontier.costs import Priced
 from llmcompress.frontier.narrow import Narrow, least, narrow
 from llmcompress.frontier.outside import lost
-from llmcompress.frontier.ways import MIXED, Palette
+from llmcompress.frontier.ways import MIXED, Palette, ways_of
 from llmcompress.frontier.widths import Part
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.io.scratch import scratch_folder
@@ -87,7 +87,7 @@ class Narrowing:
     def parts(self) -> tuple[Part, ...]:
         """What every width costs, from an earlier search or measured now."""
         read = self.opened()
-        ways = list({way.name: way for palette in self.palettes for way in palette.ways}.values())
+        ways = ways_of(self.palettes)
         cache = SearchCache.of(read, self.text, self.seed, ways)
         kept = cache.kept
         if not kept.has(PARTS, 0):

@@ -19,7 +19,7 @@ from llmcompress.frontier.costs import Priced, measured
 from llmcompress.frontier.joined import joined
 from llmcompress.frontier.outside import outers
 from llmcompress.frontier.spelling import stages_of
-from llmcompress.frontier.ways import Palette, Way, palettes
+from llmcompress.frontier.ways import Palette, Way, palettes, ways_of
 from llmcompress.integrations import distributed
 from llmcompress.io import own_code
 from llmcompress.io.journal import JournalFacts
@@ -339,11 +339,6 @@ def page_of(facts: SearchFacts) -> str:
     """The page of a search, in which recipes have their shared form. Errors: RecipeError."""
     recipes = {each.file: Recipe.of_entries(each.recipe).for_others().to_yaml() for each in facts.found}
     return search_page(facts, recipes)
-
-
-def ways_of(offered: Sequence[Palette]) -> list[Way]:
-    """All ways of some palettes, once."""
-    return list({way.name: way for palette in offered for way in palette.ways}.values())
 
 
 def prices_of(

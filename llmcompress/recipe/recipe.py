@@ -14,7 +14,7 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import (
@@ -32,6 +32,7 @@ from llmcompress.data.calibration import DEMO
 from llmcompress.data.local_files import kind_of
 from llmcompress.data.sources import EFFORTS, PYTHON_DOCS, DataSpec, Effort
 from llmcompress.errors import RecipeError, argument
+from llmcompress.exports.target import TargetName
 from llmcompress.io.local_names import short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.safetensors_writer import put, writing
@@ -69,9 +70,6 @@ class Accept(BaseModel):
     )
 
 
-ExportTarget = Literal["compressed-tensors", "gguf"]
-
-
 class Recipe(BaseModel):
     """What is done to which model, on which text, and how much it may lose."""
 
@@ -101,7 +99,7 @@ class Recipe(BaseModel):
     )
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, description="what is done, in order")]
     accept: Accept = Field(default=Accept(), description="bounds that the result must keep")
-    export: ExportTarget | Annotated[tuple[ExportTarget, ...], Field(min_length=1)] | None = Field(
+    export: TargetName | Annotated[tuple[TargetName, ...], Field(min_length=1)] | None = Field(
         default=None,
         description="engines, one or a list, for which the result is repacked too, each in a folder beside "
         "it, as OUT-gguf",

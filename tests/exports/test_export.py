@@ -17,13 +17,13 @@ from llmcompress.errors import CompressError, ModelError, OutputError, RecipeErr
 from llmcompress.exports import registry
 from llmcompress.exports.artefact import Artefact
 from llmcompress.exports.card import FILE
-from llmcompress.exports.target import Written
+from llmcompress.exports.target import TargetName, Written
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.registry import dequantize
 from llmcompress.io.output_folder import Writer
 from llmcompress.pipeline.api import compress
 from llmcompress.pipeline.export import export
-from llmcompress.recipe.recipe import ExportTarget, Recipe
+from llmcompress.recipe.recipe import Recipe
 from tests.bases import save_base, write_text
 from tests.exports.artefacts import grouped, written
 
@@ -208,7 +208,7 @@ def test_what_a_target_cannot_say_leaves_the_result(exporting: dict[str, object]
 
 
 def test_a_recipe_names_targets_that_there_are(exporting: dict[str, object]) -> None:
-    assert {*get_args(ExportTarget)} == {*registry.TARGETS} - {"floats"}
+    assert {*get_args(TargetName)} == {*registry.TARGETS} - {"floats"}
     assert Recipe.of_entries(exporting).exports == ("compressed-tensors",)
     several = Recipe.of_entries({**exporting, "export": ["gguf", "compressed-tensors"]})
     assert several.exports == ("gguf", "compressed-tensors")

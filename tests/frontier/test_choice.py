@@ -22,9 +22,11 @@ OUTSIDE = Outer("kept", {}, {}, 0.0, 1000, native=True)
 CODED = Outer("int8 embedding", {"embedding": "int8"}, {}, 0.01, 600, native=False)
 
 
-def priced(linear: str, draw: random.Random, ways: tuple[Way, ...] = MIXED.ways) -> Priced:
+def priced(
+    linear: str, draw: random.Random, ways: tuple[Way, ...] = MIXED.ways, largest: int = 400
+) -> Priced:
     """A linear whose ways have random costs; the ways that are listed later take fewer bytes."""
-    sizes = sorted((draw.randint(10, 400) for _ in ways), reverse=True)
+    sizes = sorted((draw.randint(10, largest) for _ in ways), reverse=True)
     return Priced(
         linears=(linear,),
         costs={

@@ -15,28 +15,12 @@ from llmcompress.frontier.ways import KEEP, MIXED, NATIVE, Palette
 from llmcompress.frontier.widths import Part, Width, _narrower, counts
 from llmcompress.modeling.layerwise import MetaModel
 from tests.artefacts import CPU
+from tests.frontier.test_choice import priced
 from tests.models import pico
 
 OUTSIDE = Outer("kept", {}, {}, 0.0, 1000, native=True)
 WAYS = (KEEP, *MIXED.ways[1:3])
 PALETTE = Palette(WAYS, native=False)
-
-
-def priced(linear: str, draw: random.Random, largest: int) -> Priced:
-    """A linear whose ways have random costs; the ways that are listed later take fewer bytes."""
-    sizes = sorted((draw.randint(10, largest) for _ in WAYS), reverse=True)
-    return Priced(
-        linears=(linear,),
-        costs={
-            way.name: Cost(
-                nats=0.0 if way is KEEP else draw.random(),
-                foretold=0.0,
-                own_bytes=size,
-                native_bytes=size + 3,
-            )
-            for way, size in zip(WAYS, sizes, strict=True)
-        },
-    )
 
 
 def part(draw: random.Random, layer: int, axis: str | None = "ffn", units: int = 2) -> Part:
@@ -51,7 +35,7 @@ def part(draw: random.Random, layer: int, axis: str | None = "ffn", units: int =
                 count=count,
                 nats=lost,
                 units=tuple(
-                    priced(f"layers.{layer}.{axis}.{number}", draw, 60 * count + 50)
+                    priced(f"layers.{layer}.{axis}.{number}", draw, WAYS, 60 * count + 50)
                     for number in range(units)
                 ),
             )

@@ -14,12 +14,12 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, RecipeError
 from llmcompress.frontier import widths
-from llmcompress.frontier.ways import palettes
+from llmcompress.frontier.ways import palettes, ways_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.run import run_recipe
-from llmcompress.pipeline.search import Searched, prices_of, ways_of
+from llmcompress.pipeline.search import Searched, prices_of
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.budget.stage import CHOICES, Budget
 from llmcompress.stages.prune.stage import Prune

@@ -15,7 +15,7 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.frontier import costs
-from llmcompress.frontier.ways import palettes
+from llmcompress.frontier.ways import palettes, ways_of
 from llmcompress.modeling.from_disk import DiskModel, meta_model
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline import budgets
@@ -23,7 +23,7 @@ from llmcompress.pipeline.compare import is_search, write_search_page
 from llmcompress.pipeline.plan import cached_per_token, plan_recipe
 from llmcompress.pipeline.resolve import config_of
 from llmcompress.pipeline.run import run_recipe
-from llmcompress.pipeline.search import Searched, prices_of, search, ways_of, write
+from llmcompress.pipeline.search import Searched, prices_of, search, write
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.counted import Counted
 from llmcompress.report.search_facts import SearchFacts

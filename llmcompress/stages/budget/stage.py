@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.architectures.spec import LINEARS
 from llmcompress.errors import ModelError
+from llmcompress.exports.target import TargetName
 from llmcompress.io.journal import Journal
 from llmcompress.io.units import bytes_of, rate_of, share_of
 from llmcompress.io.user_paths import shortened
@@ -21,8 +22,8 @@ from llmcompress.report.counted import Counted
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "budget"
-Loader = Literal["transformers", "llmcompress", "compressed-tensors", "gguf"]
-EXPORTED: tuple[Loader, ...] = ("compressed-tensors", "gguf")  # what loads an export of the result
+Loader = Literal["transformers", "llmcompress", TargetName]
+EXPORTED: tuple[TargetName, ...] = get_args(TargetName)  # what loads an export of the result
 Chosen = Literal["quantize", "prune"]
 CHOICES: tuple[Chosen, ...] = ("quantize", "prune")  # what may be done to a layer, by default
 
