@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "the same command goes on where it was"
@@ -24,8 +25,19 @@ MEANS = {"run": GOES_ON, "push": "the same command goes on, and what has arrived
 
 
 class Interrupted(BaseException):
-    """A signal, by its number. It is not an Exception, so no `except Exception` of ours or of a library
-    catches it."""
+    """A signal, by its number, and whether this process tells of it. It is not an Exception, so no
+    `except Exception` of ours or of a library catches it."""
+
+    def __init__(self, number: int, tells: bool) -> None:
+        super().__init__(number, tells)
+        self.number = number
+        self.tells = tells
+
+    def end(self) -> NoReturn:
+        """Print the line, if this process tells of it, and end the process."""
+        if self.tells:
+            _tell(self.number)
+        sys.exit(128 + self.number)
 
 
 def is_command() -> bool:
@@ -42,13 +54,11 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        _tell(stopped.args[0])
-        sys.exit(128 + stopped.args[0])
+        stopped.end()
     except Exception as error:
         if (stopped_by := _cause(error)) is None:
             raise
-        _tell(stopped_by)  # a library turned it into another error
-        sys.exit(128 + stopped_by)
+        stopped_by.end()  # a library turned it into another error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -62,28 +72,48 @@ def _answers(number: int) -> bool:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+    raise Interrupted(number, _tells())
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    _tell(number)
+    if _tells():
+        _tell(number)
     os._exit(128 + number)
 
 
-def _cause(error: BaseException | None) -> int | None:
-    """The number of the signal that an error comes from, or None."""
+def _cause(error: BaseException | None) -> Interrupted | None:
+    """The signal that an error comes from, or None."""
     while error is not None:
         if isinstance(error, Interrupted):
-            return int(error.args[0])
+            return error
         error = error.__cause__ or error.__context__
     return None
 
 
+def _tells() -> bool:
+    """Whether this process is the one that tells of a signal: of several that a launcher has started, rank 0,
+    or the first that is left on this machine when rank 0 has been killed."""
+    rank = int(os.environ.get("RANK", "0"))
+    return rank == 0 or _left_of(os.getppid())[:1] == [rank]
+
+
+def _left_of(launcher: int) -> list[int]:
+    """The ranks that a launcher has started here and that are running; none where there is no /proc."""
+    try:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    except OSError:
+        return []
+    ranks = []
+    for child in children:
+        with contextlib.suppress(OSError):  # it has ended
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks += [int(each[5:]) for each in variables if each.startswith(b"RANK=")]
+    return sorted(ranks)
+
+
 def _tell(number: int) -> None:
-    """Print the line once for all processes of a run."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"{_line(number, sys.argv[1:])}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_line(number, sys.argv[1:])}\n".encode())
 
 
 def _line(number: int, arguments: list[str]) -> str:

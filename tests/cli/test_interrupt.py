@@ -70,6 +70,44 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+RANK = """
+import sys, time
+from llmcompress.cli.interrupt import one_line
+
+sys.argv = ["llmcompress", "run", "recipe.yaml"]
+with one_line():
+    print("ready", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a launcher has started")
+@pytest.mark.parametrize("killed", [[], [0], [1], [0, 1]])
+def test_one_process_of_a_run_tells_of_a_signal(killed: list[int]) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            env=os.environ | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    for process in ranks:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for rank in killed:
+        ranks[rank].kill()
+        ranks[rank].communicate(timeout=200)
+    left = [rank for rank in range(3) if rank not in killed]
+    told = list[str]()
+    for rank in reversed(left):  # the one that tells is the last to end
+        ranks[rank].send_signal(signal.SIGTERM)
+        told.insert(0, ranks[rank].communicate(timeout=200)[1])
+        assert ranks[rank].returncode == 143
+    assert told == [f"stopped by SIGTERM: {GOES_ON}\n", *[""] * (len(left) - 1)]
+
+
 def start(scratch: Path, *arguments: object) -> subprocess.Popen[str]:
     """The command line, with a folder of temporary files of its own."""
     scratch.mkdir(exist_ok=True)

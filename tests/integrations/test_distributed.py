@@ -151,7 +151,7 @@ def test_a_run_of_which_a_process_is_killed_ends_with_a_line_and_goes_on(rank: i
         of_rank(launcher.pid, rank).kill()
         told = launcher.communicate(timeout=60)[1]
     lines = ("another process of this run has ended", "the same command goes on where it was")
-    assert launcher.returncode and any(line in told for line in lines)
+    assert launcher.returncode and any(line in told for line in lines), told
     assert not (tmp_path / "out").exists() and len(list(journal.glob("quantize.*"))) >= 2
     assert launch(tmp_path / "recipe.yaml", tmp_path / "out", 2).returncode == 0
     (note,) = Report.of(tmp_path / "out").stages[0].notes
