@@ -22,7 +22,7 @@ NEAR = 0.01  # relative tolerance within which a budget is to be reached
 STEPS = (64, 32, 16, 8, 4, 2, 1)  # multiples of a width; kernels prefer the first ones
 
 
-class Budget(Settings):
+class PruningBudget(Settings):
     """`keep`, or `parameters`, or `size`; with `multiple`."""
 
     keep: (
@@ -64,7 +64,7 @@ class Budget(Settings):
         return found
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Budget:
+    def _one_of_them(self) -> PruningBudget:
         given = [name for name in ("keep", "parameters", "size") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of keep, parameters and size, not {' and '.join(given) or 'none'}")

@@ -33,7 +33,7 @@ from llmcompress.stages.prune import (
     sublayer_dropping,
 )
 from llmcompress.stages.prune.allocation import FoundWidths, Widths
-from llmcompress.stages.prune.budget import Budget
+from llmcompress.stages.prune.budget import PruningBudget
 from llmcompress.stages.prune.layer_cutter import STAGE, LayerCuts, LayerCutter
 from llmcompress.stages.prune.layer_dropping import DroppedLayers
 from llmcompress.stages.prune.sublayer_dropping import DroppedSublayers
@@ -69,7 +69,7 @@ class Cut:
     gone: tuple[int, ...] = ()
 
 
-class Prune(Budget, Stage):
+class Prune(PruningBudget, Stage):
     """Removes whole units: neurons, heads, experts, layers or channels of the hidden state."""
 
     name: ClassVar[str] = STAGE

@@ -21,7 +21,7 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Part
 from llmcompress.stages.base import Context
 from llmcompress.stages.prune.allocation import Widths
-from llmcompress.stages.prune.budget import Budget
+from llmcompress.stages.prune.budget import PruningBudget
 from llmcompress.stages.prune.layer_dropping import greedy
 
 PARTS = {"kv": "attention", "ffn": "ffn"}  # axis on which a removed part has no units
@@ -78,7 +78,7 @@ def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
     }
 
 
-def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
+def enough(model: LayerwiseModel, budget: PruningBudget, gone: Sequence[tuple[int, str]]) -> bool:
     """Whether as many parts are gone as the stage asks for. Errors: ModelError if more would have to go than
     can."""
     every = candidates(model)
@@ -91,7 +91,7 @@ def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]
     return reached <= budget.allowed(model)
 
 
-def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
+def guess(model: LayerwiseModel, budget: PruningBudget) -> list[tuple[int, str]]:
     """The last parts, as many as the stage asks for, for a plan."""
     gone: list[tuple[int, str]] = []
     for part in reversed(candidates(model)):
@@ -102,7 +102,7 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
     return gone
 
 
-def find(model: LayerwiseModel, context: Context, budget: Budget) -> DroppedSublayers:
+def find(model: LayerwiseModel, context: Context, budget: PruningBudget) -> DroppedSublayers:
     """Find which parts to remove: each time the one that costs least, or for a budget, least per parameter.
 
     Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts in place of layers and the KL
