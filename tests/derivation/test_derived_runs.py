@@ -39,7 +39,7 @@ from tests.bases import (
 )
 from tests.models import TOKENS_ENTER_LAYERS, tiny_config
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("short_runs")]
 
 # by what their layers are made of: five types in each test, as each test starts a process
 CLASSES = {

@@ -197,8 +197,11 @@ def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> 
 
 KILLED = """
 import sys
+from functools import partial
 from llmcompress import Recipe
 from llmcompress.pipeline.run import run_recipe
+from llmcompress.report import metrics
+sys.modules["llmcompress.pipeline.evaluate"].speed = partial(metrics.speed, decode_tokens=2, repeats=1)
 run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
@@ -206,7 +209,7 @@ run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 @pytest.mark.slow
 def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    settings = {**TRAINED, "steps": 30, "evaluate_every": 3}
+    settings = {**TRAINED, "steps": 15, "evaluate_every": 3}
     recipe = staged_recipe(
         text,
         tmp_path / "base",
@@ -222,10 +225,7 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
 
     killed = start("killed")
     for _ in range(2400):
-        if any(
-            path.parent.name >= "checkpoint-12"
-            for path in tmp_path.glob("**/checkpoint-1*/trainer_state.json")
-        ):
+        if any(tmp_path.glob("**/checkpoint-6/trainer_state.json")):
             break
         assert killed.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
