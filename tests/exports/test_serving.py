@@ -53,11 +53,16 @@ PROMPTS = (
 TOKENS = 24
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the loopback address has no proxy
 START_S, ANSWER_S, END_S = 120, 60, 20
+# ends a server with the process of the test, however that ends: its end of the pipe is closed then
+WATCH = """
+import os, threading
+threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()
+"""
 ALONE = "from transformers.cli.transformers import main; main()"
 WITH_PLUGIN = f"import llmcompress; {ALONE}"
 SERVE = ("--host", "127.0.0.1", "--port", "0", "--device", "cpu", "--dtype", "float32")
 LLAMA_CPP = """
-import sys, xllamacpp
+import signal, sys, xllamacpp
 asked = xllamacpp.CommonParams()
 asked.model.path = sys.argv[1]
 asked.hostnames, asked.port = ["127.0.0.1"], 0
@@ -65,7 +70,7 @@ asked.n_ctx, asked.n_parallel = 256, 1
 asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(asked)
 print(server.listening_address, flush=True)
-sys.stdin.read()
+signal.pause()
 """
 # Nats between the artefact's likeliest token and the one that llama.cpp wrote. Its 8-bit inputs move logits
 # by some hundredths: on these prompts 6 of 10 texts in Q4_0 and 8 in Q8_0 are those of `generate`, and the
@@ -96,7 +101,7 @@ def served(code: str, *words: str, log: Path) -> Iterator[str]:
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-c", WATCH + code, *words],
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
