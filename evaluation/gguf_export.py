@@ -5,36 +5,32 @@
 Each model is quantised in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's quantiser, without an
 importance matrix, and both are measured in the same way against the base. Each is exported to GGUF and run by
 llama.cpp on TOKENS tokens, whose logits are compared with those of the artefact in transformers. It needs
-`pip install llama-cpp-python gguf`. The result goes to results/gguf.json.
+`pip install xllamacpp gguf`. The result goes to results/gguf.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from evaluation import machine, results
+from evaluation import llama_cpp, machine, results
 from evaluation.models import MODELS, present
 from evaluation.options import parser
 from evaluation.results import GgufRow
 from evaluation.runs import known, run
 from llmcompress.data.calibration import load_data
-from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout, GgmlWeight
+from llmcompress.formats.ggml import GgmlLayout, GgmlWeight
 from llmcompress.formats.quantization_config import quantization_config
 from llmcompress.integrations.registration import register
 from llmcompress.io.tokenizer import tokenizer_of
@@ -47,47 +43,14 @@ from llmcompress.recipe.recipe import Recipe
 FORMATS = {"q4_0": 2, "iq4_nl": 20}  # their numbers in enum ggml_type
 WAYS = ("llama.cpp", "gptq")
 TOKENS = 512
-RUNS = """
-import json, sys, numpy
-from llama_cpp import Llama
-file, tokens, out, threads = sys.argv[1:]
-tokens = json.load(open(tokens))
-llama = Llama(file, n_ctx=len(tokens[0]) + 1, logits_all=True, verbose=False, n_threads=int(threads))
-found = []
-for each in tokens:
-    llama.reset()
-    llama.eval(each)
-    found.append(numpy.array(llama.scores[: len(each)], dtype=numpy.float32))
-numpy.save(out, numpy.stack(found))
-"""
-
-
-def library() -> ctypes.CDLL:
-    """llama.cpp's library of tensors, as llama-cpp-python has it."""
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        sys.exit("pip install llama-cpp-python to run llama.cpp")
-    (file,) = (Path(spec.origin).parent / "lib").glob("libggml-base.so")
-    found = ctypes.CDLL(str(file))
-    size = ctypes.c_int64
-    found.ggml_quantize_chunk.argtypes = (
-        ctypes.c_int,
-        *2 * (ctypes.c_void_p,),
-        *3 * (size,),
-        ctypes.c_void_p,
-    )
-    found.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return found
 
 
 def by_llama_cpp(W_RC: Tensor, format: str) -> GgmlWeight:
     """A weight as llama.cpp's own quantiser rounds it."""
-    (R, C), source = W_RC.shape, W_RC.float().contiguous()
-    blocks = torch.empty(R, C // GROUP_SIZE, 18, dtype=torch.uint8)
-    library().ggml_quantize_chunk(FORMATS[format], source.data_ptr(), blocks.data_ptr(), 0, R, C, None)
+    blocks = torch.from_numpy(llama_cpp.quantized(W_RC.float().numpy(), FORMATS[format]))
     scale_RG = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
     codes = torch.stack((blocks[..., 2:] & 15, blocks[..., 2:] >> 4), dim=2)
-    return GgmlWeight(codes.reshape(R, C), scale_RG.contiguous(), GgmlLayout(cast(Any, format)))
+    return GgmlWeight(codes.reshape(W_RC.shape), scale_RG.contiguous(), GgmlLayout(cast(Any, format)))
 
 
 def write_theirs(base: str, format: str, out: Path) -> None:
@@ -119,15 +82,8 @@ def in_llama_cpp(folder: Path, model: str, threads: int) -> dict[str, Any]:
     size = json.loads((base.folder / "config.json").read_text())["vocab_size"]
     data = load_data(spec, tokenizer, size, None)
     sequences = data.evaluation[: -(-TOKENS // data.evaluation.shape[1])]
-    (out / "tokens.json").write_text(json.dumps(sequences.tolist()))
-    command = [
-        sys.executable,
-        "-c",
-        RUNS,
-        *(str(out / name) for name in ("model.gguf", "tokens.json", "found.npy")),
-    ]
-    subprocess.run([*command, str(threads)], check=True)
-    theirs = torch.from_numpy(np.load(out / "found.npy")).double().log_softmax(-1)
+    found, _ = llama_cpp.run(out / "model.gguf", sequences.tolist(), threads=threads)
+    theirs = torch.from_numpy(found).double().log_softmax(-1)
     register()
     loaded = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
     ours = torch.cat([loaded(each[None]).logits for each in sequences]).double().log_softmax(-1)
@@ -186,7 +142,8 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     options.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     said = machine.parse(options, argv, threads=1)
-    library()
+    if not llama_cpp.INSTALLED:
+        sys.exit(llama_cpp.INSTALL)
     with tempfile.TemporaryDirectory() as folder:
         for model in said.models:
             for format in said.formats:

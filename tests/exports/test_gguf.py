@@ -3,11 +3,9 @@ and what is refused."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +20,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from evaluation import gguf_export, llama_cpp
+from evaluation.gguf_export import by_llama_cpp
 from llmcompress.errors import ModelError
 from llmcompress.exports import gguf_tokenizer
 from llmcompress.exports.artefact import Artefact
 from llmcompress.exports.gguf_tokenizer import Kind, vocabulary_of
+from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.ggml import GgmlLayout
@@ -453,32 +454,13 @@ def test_without_the_package_one_line_says_what_to_install(
 
 # llama.cpp.
 
-RUNS = """
-import json, sys, numpy
-from llama_cpp import Llama
-file, told, out = sys.argv[1:]
-told = json.load(open(told))
-llama = Llama(file, n_ctx=512, logits_all=True, verbose=False, n_threads=1)
-found = []
-for tokens in told["tokens"]:
-    llama.reset()
-    llama.eval(tokens)
-    found.append(numpy.array(llama.scores[: len(tokens)], dtype=numpy.float32))
-numpy.save(out, numpy.stack(found))
-print(json.dumps([llama.tokenize(text.encode(), add_bos=True, special=False) for text in told["texts"]]))
-"""
-needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="pip install llama-cpp-python to run llama.cpp"
-)
+needs_llama_cpp = pytest.mark.skipif(not llama_cpp.INSTALLED, reason=llama_cpp.INSTALL)
 
 
 def in_llama_cpp(folder: Path, tokens: Tensor, texts: tuple[str, ...] = ()) -> tuple[Tensor, list[list[int]]]:
-    """The logits that llama.cpp computes, in a process of its own, and the tokens that it makes of texts."""
-    told = folder / "told.json"
-    told.write_text(json.dumps({"tokens": tokens.tolist(), "texts": texts}))
-    command = [sys.executable, "-c", RUNS, str(folder / "model.gguf"), str(told), str(folder / "found.npy")]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=True)
-    return torch.from_numpy(np.load(folder / "found.npy")), json.loads(run.stdout.splitlines()[-1])
+    """The logits that llama.cpp computes, and the tokens that it makes of texts."""
+    found, split = llama_cpp.run(folder / "model.gguf", tokens.tolist(), texts)
+    return torch.from_numpy(found), split
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:
@@ -488,7 +470,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
 
 
 @needs_llama_cpp
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["plain", "q4_0"])
 def test_llama_cpp_computes_what_transformers_does(family: str, layout: str, tmp_path: Path) -> None:
@@ -533,3 +515,31 @@ def test_llama_cpp_says_of_text_what_transformers_does(name: str, format: str, t
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert divergence(logits(cast(PreTrainedModel, model.eval()), tokens), theirs) < 1e-3
     assert split == [tokenizer(each).input_ids for each in TEXTS]
+
+
+@needs_llama_cpp
+def test_the_quantiser_of_llama_cpp_writes_the_nearest_codes() -> None:
+    """For Q4_0 under the scales that we take, for IQ4_NL under better ones."""
+    W_RC = torch.randn(8, 96, generator=torch.Generator().manual_seed(3))
+    theirs = {format: by_llama_cpp(W_RC, format) for format in gguf_export.FORMATS}
+    lost = {format: (weight.dequantize() - W_RC).abs() for format, weight in theirs.items()}
+    nearest = {
+        format: registry.dequantize(GgmlScheme(weight.layout).nearest(W_RC))
+        for format, weight in theirs.items()
+    }
+    assert torch.equal(theirs["q4_0"].dequantize(), nearest["q4_0"])
+    assert lost["iq4_nl"].norm() < (nearest["iq4_nl"] - W_RC).norm()
+    weight = theirs["iq4_nl"]
+    for code in range(16):
+        other = replace(weight, codes_RC=torch.full_like(weight.codes_RC, code))
+        assert (lost["iq4_nl"] <= (other.dequantize() - W_RC).abs() + 1e-6).all()
+
+
+@needs_llama_cpp
+def test_what_llama_cpp_can_not_run_is_said_with_its_log(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(
+        RuntimeError, match=r"could not run .*model\.gguf \(exit code 1\)(.|\n)*was not loaded"
+    ):
+        llama_cpp.run(file, [[1, 2]])
