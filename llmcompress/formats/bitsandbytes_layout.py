@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -38,7 +37,6 @@ ROWS = 32  # the AVX512-BF16 kernel needs a multiple of 32 rows
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")
 
 
-@cache
 def stock() -> Any:
     """bitsandbytes' functions, which are typed in part only. It is imported when it is first needed: that
     takes more than a second, and shapes and configs need none of it."""
