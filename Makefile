@@ -68,6 +68,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation codebook-speed # 3 min
 	$(BIN)/python -m evaluation pruned-speed # 3 min
 	$(BIN)/python -m evaluation import-time # 3 min
+	$(BIN)/python -m evaluation advise-time # 2 min
 	$(BIN)/python -m evaluation tables
 	$(BIN)/python -m evaluation pictures
 

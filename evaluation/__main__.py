@@ -76,6 +76,7 @@ SCRIPTS = {
     "import-time": Script(
         "import_time", "3 min", "what importing llmcompress adds to importing transformers"
     ),
+    "advise-time": Script("advise_time", "2 min", "how long `advise` takes beside its imports"),
     "reference-models": Script(
         "reference_models", "1 min", "makes models of real size from the package index; writes no result"
     ),

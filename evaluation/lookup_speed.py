@@ -31,7 +31,7 @@ from evaluation.results import LookupRow
 from evaluation.speed import plain, random
 from evaluation.timing import race
 from llmcompress.algorithms.codebook import Palette, nearest
-from llmcompress.formats import bitsandbytes_layout, codebook
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear, codebook
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.kernels import lut_gemm
 
@@ -74,7 +74,7 @@ def candidates(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Candidat
     packed, made = bitsandbytes_layout.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
     return {
         "bitsandbytes nf4": Candidate(
-            bitsandbytes_layout.linear(packed, None), bitsandbytes_layout.dequantize(packed, torch.float32)
+            bitsandbytes_linear.linear(packed, None), bitsandbytes_layout.dequantize(packed, torch.float32)
         ),
         "codebook of 16 entries per row": Candidate(codebook.linear(made, None), made.dequantize()),
         "plain": Candidate(plain(W_RC.to(dtype)), W_RC),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from evaluation.baselines import AGAINST, MEANING
 from evaluation.markdown import between, table
-from evaluation.results import FidelityRow, modern
+from evaluation.results import FidelityRow, GgufRow, Loss, modern
 
 Results = Mapping[str, Mapping[str, FidelityRow]]  # model -> recipe -> its row
 FIRST = "# measured (evaluation/results/fidelity-*.json; small models):"
+FIRST_GGUF = "# measured (evaluation/results/gguf.json; small models):"
+LLAMA_CPP = "llama.cpp"  # who rounded the other rows of gguf.json
 HEAD = re.compile(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?")
 
 
@@ -42,22 +44,43 @@ def head(recipe: str, results: Results) -> str:
     return "\n".join([FIRST, *lines]) + "\n" if lines else ""
 
 
-def with_head(text: str, recipe: str, results: Results) -> str:
+def gguf_head(recipe: str, rows: Sequence[GgufRow]) -> str:
+    """The measured lines of the recipe of a llama.cpp format, which has its name; its seconds were not
+    measured."""
+    lines = []
+    for row in _ours(recipe, rows):
+        theirs = [other for other in rows if _same(other, row) and other.rounding == LLAMA_CPP]
+        times = [f"{row.kl_nats_mean / other.kl_nats_mean:.3f} x llama.cpp's rounding" for other in theirs]
+        loss = f"KL {row.kl_nats_mean:.5f} nats" + "".join(f" ({words} at the same bytes)" for words in times)
+        lines.append(f"#   {row.model}: {loss}, perplexity {row.base_perplexity:.3f} -> {row.perplexity:.3f}")
+    return "\n".join([FIRST_GGUF, *lines]) + "\n" if lines else ""
+
+
+def _ours(recipe: str, rows: Sequence[GgufRow]) -> list[GgufRow]:
+    return [row for row in rows if row.format == recipe and row.rounding != LLAMA_CPP]
+
+
+def _same(one: GgufRow, other: GgufRow) -> bool:
+    return (one.model, one.format) == (other.model, other.format)
+
+
+def with_head(text: str, recipe: str, results: Results, gguf: Sequence[GgufRow] = ()) -> str:
     """A recipe's text with its measured lines replaced."""
-    return HEAD.sub(lambda found: found[1] + head(recipe, results), text)
+    found = head(recipe, results) or gguf_head(recipe, gguf)
+    return HEAD.sub(lambda above: above[1] + found, text)
 
 
-def texts(folder: Path, results: Results) -> dict[Path, str]:
+def texts(folder: Path, results: Results, gguf: Sequence[GgufRow] = ()) -> dict[Path, str]:
     """What each recipe of a folder, and the table of them, should say."""
     files = sorted(folder.glob("*.yaml"))
-    wanted = {file: with_head(file.read_text("utf-8"), modern(file.stem), results) for file in files}
+    wanted = {file: with_head(file.read_text("utf-8"), modern(file.stem), results, gguf) for file in files}
     index = folder / "README.md"
     if index.is_file():
-        wanted[index] = between(index.read_text("utf-8"), "recipes", _index(files, results))
+        wanted[index] = between(index.read_text("utf-8"), "recipes", _index(files, results, gguf))
     return wanted
 
 
-def _index(files: Sequence[Path], results: Results) -> str:
+def _index(files: Sequence[Path], results: Results, gguf: Sequence[GgufRow]) -> str:
     """A row for each recipe: what it does, and for each model its KL and bytes."""
     header = ["recipe", "what it does"]
     header += [f"{model}: KL, nats/token" for model in results]
@@ -66,7 +89,9 @@ def _index(files: Sequence[Path], results: Results) -> str:
     for file in files:
         found = [rows.get(modern(file.stem)) for rows in results.values()]
         about = file.read_text("utf-8").splitlines()[0].removeprefix("# ")
-        losses = [f"{row.kl_nats_mean:.5f}" if row else "" for row in found]
+        others: dict[str, Loss] = {row.model: row for row in _ours(file.stem, gguf)}
+        lost = [row or others.get(model) for model, row in zip(results, found, strict=True)]
+        losses = [f"{row.kl_nats_mean:.5f}" if row else "" for row in lost]
         sizes = [f"{row.size_bytes / 1e6:.2f}" if row else "" for row in found]
         lines.append([f"[{file.stem}]({file.name})", about, *losses, *sizes])
     return table(header, lines)

@@ -206,6 +206,16 @@ class ImportRow(Facts):
     over_transformers: float
 
 
+class AdviseTimeRow(Facts):
+    """A process that imports something or runs `advise`: its seconds on the wall and on the processor, and by
+    how much longer it ran than the imports that it can't do without."""
+
+    what: str
+    seconds: float
+    cpu_seconds: float
+    over_imports: float
+
+
 class OutlierRow(Facts):
     """A format on the model with planted outliers, and on the model as it was."""
 

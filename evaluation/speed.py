@@ -46,7 +46,7 @@ from evaluation.options import parser
 from evaluation.results import SpeedRow
 from evaluation.timing import race
 from llmcompress.algorithms.sparsegpt import keep_mask
-from llmcompress.formats import bitsandbytes_layout, integer, integer_linear
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear, integer, integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.schemes import IntegerScheme
 
@@ -195,7 +195,7 @@ def candidates(device: torch.device) -> list[Candidate]:
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),
         "nf4": lambda W: partial(
-            bitsandbytes_layout.linear,
+            bitsandbytes_linear.linear,
             bitsandbytes_layout.quantize_nearest(W, "nf4", GROUP_SIZE, False),
             None,
             device=W.device,

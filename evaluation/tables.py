@@ -22,6 +22,7 @@ from evaluation.options import parser
 from evaluation.results import (
     ROOT,
     AblationRow,
+    AdviseTimeRow,
     AttentionRow,
     BosRow,
     CacheRow,
@@ -214,6 +215,18 @@ def import_time(results: Results) -> str:
         return ""
     lines = [[row.imports, f"{row.seconds:.2f}", f"{row.over_transformers:+.2f}"] for row in result.rows]
     header = ["a process that imports", "seconds", "over transformers"]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def advise_time(results: Results) -> str:
+    """Seconds of `advise` beside those of its imports."""
+    if (result := results.load("advise_time", Rows[AdviseTimeRow])) is None:
+        return ""
+    lines = [
+        [row.what, f"{row.seconds:.2f}", f"{row.cpu_seconds:.2f}", f"{row.over_imports:+.2f}"]
+        for row in result.rows
+    ]
+    header = ["a process that runs", "seconds", "seconds of the processor", "over the imports"]
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
@@ -930,6 +943,13 @@ SECTIONS = (
         import_time,
     ),
     Section(
+        "Advice",
+        "Processes that run `llmcompress advise`, from start to end, beside one that imports torch and the "
+        "classes of a Llama, without which no shapes are known; the differences are medians of pairs: "
+        "`python -m evaluation advise-time`.",
+        advise_time,
+    ),
+    Section(
         "On a GPU",
         "The loss of recipes that ran on a GPU, beside the same on a CPU, on small models: `python -m "
         "evaluation gpu`. The models are small, so seconds say little.",
@@ -1091,9 +1111,10 @@ def wanted(root: Path) -> dict[Path, str]:
     """What RESULTS.md and the recipes of a checkout should say."""
     results = Results(root / "evaluation" / "results")
     rows = {model: found for model in MODELS if (found := results.recipes(model))}
+    gguf_rows = results.load("gguf", Rows[GgufRow])
     return {
         root / "evaluation" / "RESULTS.md": document(results),
-        **recipe_heads.texts(root / "recipes", rows),
+        **recipe_heads.texts(root / "recipes", rows, gguf_rows.rows if gguf_rows else ()),
     }
 
 

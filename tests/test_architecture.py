@@ -41,7 +41,7 @@ ROOMS = {
     "__init__": "the public names",
 }
 BORDERS = {
-    "bitsandbytes": {"formats.bitsandbytes_layout"},
+    "bitsandbytes": {"formats.bitsandbytes_layout", "formats.bitsandbytes_linear"},
     "datasets": {"data.hub_datasets"},
     "huggingface_hub": {"hub"},
 }

@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,22 @@ def test_the_head_of_a_recipe_and_the_table_of_recipes_are_written(checkout: Pat
         "[nf4-gptq](nf4-gptq.yaml) | GPTQ on NF4. | 0.02000 |"
         in (checkout / "recipes" / "README.md").read_text()
     )
+
+
+def test_the_recipe_of_a_llama_cpp_format_has_its_loss_from_its_own_results(checkout: Path) -> None:
+    facts: dict[str, Any] = {"model": "demo", "format": "iq4_nl", "base_perplexity": 34.9}
+    facts |= {"perplexity": 35.0, "kl_llama_cpp": 0.001, "top1_llama_cpp": 0.9, "tokens": 512}
+    rows = [
+        facts | {"rounding": "gptq", "kl_nats_mean": 0.03},
+        facts | {"rounding": "llama.cpp", "kl_nats_mean": 0.06},
+    ]
+    file = checkout / "evaluation" / "results" / "gguf.json"
+    file.write_text(json.dumps({"command": "python -m evaluation gguf", "rows": rows}))
+    format = checkout / "recipes" / "iq4_nl.yaml"
+    format.write_text(RECIPE)
+    head = tables.wanted(checkout)[format]
+    loss = "KL 0.03000 nats (0.500 x llama.cpp's rounding at the same bytes)"
+    assert f"#   demo: {loss}, perplexity 34.900 -> 35.000\n" in head and "gguf.json" in head
 
 
 def test_check_is_content_with_what_was_written(checkout: Path) -> None:

@@ -58,8 +58,8 @@ def advise(
         ),
     ] = None,
     target: Annotated[
-        Literal["cpu", "gpu", "vllm"] | None,
-        typer.Option("--for", help="Where the result runs: cpu and gpu rank formats by speed, too."),
+        Literal["cpu", "gpu", "vllm", "llama.cpp"] | None,
+        typer.Option("--for", help="Where the result runs. cpu and gpu rank formats by speed, too."),
     ] = None,
     time: options.TimeLimit = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -6,7 +6,7 @@ so that memory is one matrix, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,15 @@ from llmcompress.formats.base import DTYPES
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.quantization_config import CompressedConfig, read_config
 from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme
 from llmcompress.formats.sparse import SparseLayout
 from llmcompress.integrations.transformers_compat import Conv1D
-from llmcompress.io.checkpoint import Checkpoint, check_finite, read_json, require_no_adapter
+from llmcompress.io.checkpoint import Checkpoint, Entry, check_finite, read_json, require_no_adapter
 from llmcompress.modeling.from_disk import dtypes_of, has_own_head, taken
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.model_config import load_config, require_readable
+
+NativeScheme = FourBitScheme | Int8Scheme  # those of bitsandbytes' own layouts
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Artefact:
         self.model.model.tie_weights()  # so that a tied head counts once
         named = self.model.model.named_parameters()
         self.model.require_all(name for name, _ in named if name not in self.sources)
+
+    def input_scales(self, names: Sequence[str]) -> list[float]:
+        """The stored scale of the inputs of each of some linears, by full name."""
+        keys = [self.matrices[name].key for name in names]
+        return [float(self.checkpoint.read(f"{key}.input_scale")) for key in keys]
 
     @property
     def tied_head(self) -> str | None:
@@ -188,6 +196,45 @@ class Artefact:
         """The fields of tokenizer_config.json, empty without one."""
         file = self.folder / "tokenizer_config.json"
         return read_json(file) if file.is_file() else {}
+
+
+class PlannedArtefact(Artefact):
+    """What a recipe would leave of a base: names, shapes and layouts, and no tensor.
+
+    A target says of it whether it can hold it, and in how many bytes. `folder` is that of the base, `model`
+    the outline of the result, and `native` the scheme of each linear in one of bitsandbytes' own layouts.
+    """
+
+    def __init__(self, folder: Path, model: MetaModel, native: Mapping[str, NativeScheme]) -> None:
+        self.folder, self.model, self.schemes = folder, model, native
+        self.config = model.config.to_dict()
+        first = next(iter(native.values()), None)
+        self.quantization = {"llm_int8_threshold": first.threshold} if isinstance(first, Int8Scheme) else {}
+        self.ours = read_config(None)
+        tied = {*model.tied, *([f"{self.tied_head}.weight"] if self.tied_head else [])}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.model.named_parameters()}
+        entries = {
+            name: Entry(shape, model.dtype_of(name), "") for name, shape in shapes.items() if name not in tied
+        }
+        self.checkpoint = Checkpoint(folder, self.config, entries)
+        self.sources = {name: [name] for name in entries}
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The linears and embeddings that would be stored as something else than plain numbers."""
+        shapes, found = self.model.matrices(), {}
+        for name, shape in shapes.items():
+            layout, scheme = self.model.layouts.get(name), self.schemes.get(name)
+            embedding = name == self.model.anatomy.embedding
+            if layout is not None:
+                found[name] = Matrix(name, name, shape, layout, _name_of(layout), embedding)
+            elif scheme is not None:
+                found[name] = Matrix(name, name, shape, None, scheme.format, embedding)
+        return found
+
+    def input_scales(self, names: Sequence[str]) -> list[float]:
+        """Nothing: the run finds them, and those of linears that read the same input are the same."""
+        return []
 
 
 def _name_of(layout: AnyLayout) -> str:

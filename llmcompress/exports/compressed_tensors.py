@@ -154,9 +154,9 @@ class CompressedTensors:
                 "its layers have widths of their own (per_layer_config), which neither vLLM nor plain "
                 "transformers builds; prune to one width for all layers"
             )
-        if artefact.ours.experts:
+        if artefact.model.divided:
             return (
-                f"the experts of {min(artefact.ours.experts)} are linears with names that only llmcompress "
+                f"the experts of {min(artefact.model.divided)} are linears with names that only llmcompress "
                 "knows; keep experts as they are (experts: keep)"
             )
         for matrix in artefact.matrices.values():
@@ -167,15 +167,23 @@ class CompressedTensors:
             return "no linear is stored in integers, so there is nothing to repack"
         return _refusal_of_fused(artefact, schemes)
 
+    def unfit(self, artefact: Artefact) -> str | None:
+        """Return why an artefact can't be written, naming the linear, or None."""
+        return self.refusal(artefact)
+
     def size_bytes(self, artefact: Artefact) -> int:
         """The bytes of all tensors, and some for headers."""
+        return self.weight_bytes(artefact) + 256 * len(artefact.checkpoint.tensors) + (1 << 16)
+
+    def weight_bytes(self, artefact: Artefact) -> int:
+        """The bytes of all tensors."""
         schemes, entries = schemes_of(artefact), artefact.checkpoint.tensors
         size = sum(entries[key].size_bytes for keys in artefact.plain.values() for key in keys)
         for name, matrix in artefact.matrices.items():
             R, C = matrix.shape
             dense = R * C * artefact.dense_dtype(matrix).itemsize
             size += schemes[name].size_bytes(R, C) if name in schemes else dense
-        return size + 256 * len(entries) + (1 << 16)
+        return size
 
     def write(self, artefact: Artefact, writer: Writer) -> Written:
         """Write weights, config and tokenizer. Errors: ModelError if stored tensors are damaged."""
@@ -277,8 +285,7 @@ def _refusal_of_fused(artefact: Artefact, schemes: Mapping[str, Scheme]) -> str 
             shown = ", ".join(f"{name} is {kind or 'plain'}" for name, kind in zip(names, kinds, strict=True))
             return f"vLLM makes these linears one, which needs one format for all: {shown}"
         if kinds[0] is not None and kinds[0].activations is not None and not kinds[0].activations[1]:
-            keys = [artefact.matrices[name].key for name in names]
-            scales = [float(artefact.checkpoint.read(f"{key}.input_scale")) for key in keys]
+            scales = artefact.input_scales(names)
             if len({*scales}) > 1:
                 return (
                     f"vLLM makes {', '.join(names)} one linear with one scale of its inputs, and theirs are "

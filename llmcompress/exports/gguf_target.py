@@ -64,8 +64,7 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         """Bytes of its data."""
-        rows = self.shape[0] if len(self.shape) == 2 else 1
-        return size_of(self.kind, rows, self.shape[-1])
+        return _bytes(self.kind, self.shape)
 
 
 class Gguf:
@@ -90,27 +89,36 @@ class Gguf:
 
     def refusal(self, artefact: Artefact) -> str | None:
         """Return why this artefact can't be written without quantising again, naming the linear; or None."""
-        if why := self.missing():
+        if why := self.missing() or self.unfit(artefact):
             return why
-        config = artefact.model.text_config
-        if why := gguf_families.refusal(config):
+        try:
+            entries = [*self._entries(artefact)]
+            vocabulary_of(artefact.folder, artefact.model.text_config.vocab_size)
+        except ModelError as error:
+            return str(error)
+        return None if entries else "it has no weights"
+
+    def unfit(self, artefact: Artefact) -> str | None:
+        """Return why the family or a matrix can't be written without quantising again; or None."""
+        if why := self.unsupported(artefact.model.config):
             return why
         if artefact.uneven:
             return "its layers have widths of their own, and llama.cpp knows one width for all"
         for matrix in artefact.matrices.values():
             if why := refusal(matrix):
                 return f"{matrix.name} is {matrix.format}: {why}"
-        try:
-            entries = [*self._entries(artefact)]
-            vocabulary_of(artefact.folder, config.vocab_size)
-        except ModelError as error:
-            return str(error)
-        return None if entries else "it has no weights"
+        return None
 
     def size_bytes(self, artefact: Artefact) -> int:
         """The bytes that `write` will need on the disk, or a few more."""
         tokens = vocabulary_of(artefact.folder, artefact.model.text_config.vocab_size).size_bytes
-        return ROOM + tokens + sum(entry.size_bytes for entry in self._entries(artefact))
+        return ROOM + tokens + self.weight_bytes(artefact)
+
+    def weight_bytes(self, artefact: Artefact) -> int:
+        """The bytes of the tensors, without the factors of the rotary embedding."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in artefact.model.model.state_dict().items()}
+        stored = [*artefact.plain, *(f"{name}.weight" for name in artefact.matrices)]
+        return sum(_bytes(_kind(source, shapes[source], artefact), shapes[source]) for source in stored)
 
     def write(self, artefact: Artefact, writer: Writer) -> Written:
         """Write `model.gguf` and the licence beside it. Errors: CompressError."""
@@ -162,13 +170,7 @@ class Gguf:
                 raise ModelError(f"llama.cpp's {config.model_type} has no {source}")
             if matrix is None and len(sources[source]) != 1:
                 raise ModelError(f"{source} is stored in {len(sources[source])} parts")
-            if matrix is not None:
-                stored = kind_of(matrix, artefact)
-            elif len(shapes[source]) == 1:
-                stored = "F32"
-            else:
-                stored = PLAIN.get(artefact.checkpoint.tensors[sources[source][0]].dtype, "")
-            if not stored:
+            if not (stored := _kind(source, shapes[source], artefact)):
                 raise ModelError(f"{source} is stored in a type that GGUF lacks")
             yield Entry(name, source, tuple(sources[source]), shapes[source], stored, matrix)
 
@@ -191,6 +193,20 @@ class Gguf:
             if FAMILIES[config.model_type].norms_plus_one and entry.source.endswith("norm.weight"):
                 data = data + 1
         return Blocks(data, blocks.changed)
+
+
+def _kind(source: str, shape: tuple[int, ...], artefact: Artefact) -> str:
+    """The type in the file of a tensor of the model; empty if GGUF has none for it."""
+    if (matrix := artefact.matrices.get(source.removesuffix(".weight"))) is not None:
+        return kind_of(matrix, artefact)
+    if len(shape) == 1:
+        return "F32"
+    return PLAIN.get(artefact.checkpoint.tensors[artefact.plain[source][0]].dtype, "")
+
+
+def _bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of the data of a tensor in the file."""
+    return size_of(kind, shape[0] if len(shape) == 2 else 1, shape[-1])
 
 
 def _architecture(config: Any) -> str:

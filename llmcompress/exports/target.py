@@ -66,6 +66,13 @@ class Target(Protocol):
         Only names, shapes, layouts and the config are looked at, so it takes no time.
         """
 
+    def unfit(self, artefact: Artefact) -> str | None:
+        """Return what of `refusal` needs no package and no tokenizer, so that it can be asked of a
+        `PlannedArtefact`."""
+
+    def weight_bytes(self, artefact: Artefact) -> int:
+        """The bytes of the tensors alone, also of a `PlannedArtefact`."""
+
     def size_bytes(self, artefact: Artefact) -> int:
         """The bytes that `write` will need on the disk, or a few more."""
 

@@ -1,5 +1,5 @@
 """The bitsandbytes border: our 4-bit codes in the layout that plain transformers loads and the stock kernels
-run.
+run. The modules that run them are in `bitsandbytes_linear`.
 
 The layout has one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each
 `group_size` consecutive weights of a row; double quantisation stores those scales in 8 bits. The tensors are
@@ -10,7 +10,6 @@ group_size groups per row. Codes take one byte per weight until `tensors` packs 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmcompress.errors import ModelError, first_line
@@ -29,15 +28,7 @@ from llmcompress.formats.value_checks import finite, require_sound
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # and of the cast to float16 at each int8 product
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-import bitsandbytes.functional  # noqa: E402
-from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
-from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
-from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
-from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
-from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 
-stock: Any = bitsandbytes.functional  # typed in part only
-LINEARS = (StockLinear4bit, Linear8bitLt)  # the modules that transformers builds for bitsandbytes' layouts
 FourBitFormat = Literal["nf4", "fp4"]
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels support no other number
@@ -46,20 +37,30 @@ ROWS = 32  # the AVX512-BF16 kernel needs a multiple of 32 rows
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")
 
 
+def stock() -> Any:
+    """bitsandbytes' functions, which are typed in part only. It is imported when it is first needed: that
+    takes more than a second, and shapes and configs need none of it."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
 def has_native_library() -> bool:
     """Whether bitsandbytes found its compiled library for this machine."""
-    return not isinstance(stock.lib, NoLibrary)
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary
+
+    return not isinstance(stock().lib, NoLibrary)
 
 
 def multiplies_packed() -> bool:
     """Whether bitsandbytes multiplies packed 4-bit weights on this CPU instead of dequantising them in each
     forward."""
-    return bool(stock.has_avx512bf16())
+    return bool(stock().has_avx512bf16())
 
 
 def grid(format: FourBitFormat) -> Tensor:
     """The levels of a format, float32 [16], indexed by code; fp4's are not sorted."""
-    return cast(Tensor, stock.get_4bit_type(format, device="cpu"))
+    return cast(Tensor, stock().get_4bit_type(format, device="cpu"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
     scales in row-major order."""
     flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
     offset = flat.mean()
-    codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
+    codes, state = stock().quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
     found = (codes.reshape(absmax.shape), state.absmax, state.code, offset)
     return DoubleQuantized(*found).to(absmax.device)
 
@@ -153,10 +154,10 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
 def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
     """Quantise weight [R, C] float as stock bitsandbytes does: the scale is a group's largest magnitude,
     codes are the nearest levels."""
-    data, state = stock.quantize_4bit(
+    data, state = stock().quantize_4bit(
         weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
     )
-    return _read(data, state)
+    return read(data, state)
 
 
 def tensors(packed: Packed) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     data = tensors["weight"]
     stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
     try:
-        state = stock.QuantState.from_dict(stats, device=data.device)
+        state = stock().QuantState.from_dict(stats, device=data.device)
     except (
         ValueError,
         KeyError,
@@ -183,7 +184,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
             f"({first_line(error)}), and config.json names no other format for it; take the model again "
             "from its source"
         ) from None
-    return _read(data, state)
+    return read(data, state)
 
 
 def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +199,7 @@ def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _stats(packed: Packed) -> dict[str, Tensor]:
     """All tensors of a linear except its codes, written by bitsandbytes itself."""
-    state = stock.QuantState(
+    state = stock().QuantState(
         absmax=packed.absmax_RG.reshape(-1).contiguous(),
         shape=packed.codes_RC.shape,
         code=grid(packed.format).to(packed.codes_RC.device),
@@ -209,7 +210,7 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
     if packed.nested is not None:
         nested = packed.nested
         state.absmax, state.offset, state.nested = nested.codes.reshape(-1).contiguous(), nested.offset, True
-        state.state2 = stock.QuantState(
+        state.state2 = stock().QuantState(
             nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32
         )
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
@@ -225,7 +226,7 @@ def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
     return torch.stack((flat >> 4, flat & 15), dim=1).reshape(rows, columns)
 
 
-def _read(data: Tensor, state: Any) -> Packed:
+def read(data: Tensor, state: Any) -> Packed:
     """Return a Packed from bitsandbytes' own objects, in the layout on disk."""
     (R, C), group_size = state.shape, state.blocksize
     if not state.nested and state.absmax.dtype != torch.float32:
@@ -265,93 +266,6 @@ def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str
             "needs"
         )
     return None
-
-
-class Linear4bit(StockLinear4bit):
-    """bitsandbytes' linear, but it keeps its exact scales and passes gradients to its input.
-
-    On CPUs with AVX512-BF16, the first forward without gradients repacks a stock module in place and rounds
-    its scales to bfloat16. A later `state_dict()` returns the rounded scales and leaves the module computing
-    with scrambled ones (measured: relative error 1.5). Here `kept` holds all tensors of the layout except the
-    codes, and the state dict is built from them. The kernel for repacked weights also has no gradient, and a
-    stock module silently passes none back. Here a forward that needs one uses the dequantised weight.
-    """
-
-    kept: dict[str, Tensor]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] to [..., R] in the type of x."""
-        repacked = getattr(cast(Any, self.weight).quant_state, "packing_format_for_cpu", False)
-        if repacked and torch.is_grad_enabled() and x.requires_grad:
-            dtype = self.compute_dtype or x.dtype
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return nn.functional.linear(x.to(dtype), dequantize(packed_of(self), dtype), bias).to(x.dtype)
-        return cast(Tensor, super().forward(x))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in tensors(packed_of(self)).items():
-            destination[prefix + name] = tensor
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-
-
-def linear(
-    packed: Packed,
-    bias: Tensor | None,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Linear4bit:
-    """Return a live module, in eval mode, that holds our codes and runs on the kernels. It computes in
-    packed.dtype unless `compute_dtype` is given."""
-    R, C = packed.codes_RC.shape
-    module: Linear4bit = cast(Any, Linear4bit)(
-        C,
-        R,
-        bias=bias is not None,
-        compute_dtype=compute_dtype or packed.dtype,
-        compress_statistics=packed.double_quant,
-        quant_type=packed.format,
-        device="meta",  # no float weight is allocated
-    )
-    stored = {name: tensor.to(device, copy=True) for name, tensor in tensors(packed).items()}
-    data = stored.pop("weight")
-    module.kept = stored
-    module.weight = Params4bit.from_prequantized(data, dict(stored), device=device, module=module)
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
-    return module.eval()
-
-
-def packed_of(module: StockLinear4bit) -> Packed:
-    """The codes and exact scales of a live 4-bit linear, even after a forward on a CPU repacked it.
-
-    Errors: ModelError for a repacked module that `linear` didn't make: its exact scales are lost.
-    """
-    data, state = module.weight.data, cast(Any, module.weight).quant_state
-    kept: dict[str, Tensor] | None = getattr(module, "kept", None)
-    if scales_lost(module):
-        raise ModelError(
-            "a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it"
-        )
-    if getattr(state, "packing_format_for_cpu", False):
-        state = copy.copy(state)  # the inverse modifies it
-        # else the inverse quantises the rounded scales again; they are not used
-        state.original_nested = False
-        data, state = stock._convert_weight_packed_for_cpu_inverse(data, state)
-    return unpack({"weight": data, **kept}) if kept is not None else _read(data, state)
-
-
-def scales_lost(module: nn.Module) -> bool:
-    """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
-
-    This stays true after `state_dict()` or `cuda()` turns the codes back. The scales are then bfloat16 and
-    transposed or, if they were stored in 8 bits, quantised again, which no dtype shows.
-    """
-    if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
-        return False
-    state = getattr(module.weight, "quant_state", None)
-    return state is not None and "packing_format_for_cpu" in vars(state)
 
 
 def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
+
+if TYPE_CHECKING:
+    from llmcompress.formats import bitsandbytes_linear
 
 NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
@@ -120,7 +123,7 @@ class FourBitLinear(StoredLinear):
 
     scheme: FourBitLayout
     # in a tuple, so that it is not a submodule and is not saved
-    kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()
+    kernel: tuple[bitsandbytes_linear.Linear4bit, ...] = ()
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -131,9 +134,12 @@ class FourBitLinear(StoredLinear):
             (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
         )
         if self.weight.device.type != "meta" and refused is None:
+            # imported here, because it imports bitsandbytes
+            from llmcompress.formats import bitsandbytes_linear
+
             self.kernel = (
                 self.beside_weight(
-                    lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)
+                    lambda: bitsandbytes_linear.linear(self.packed(), None, device=self.weight.device)
                 ),
             )
 

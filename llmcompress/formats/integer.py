@@ -252,7 +252,7 @@ def quantize_tokens(
     if scale is not None:
         return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(whole), scale
     if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # all that the kernel supports
-        codes, absmax, _ = bitsandbytes_layout.stock.int8_vectorwise_quant(x_TC.contiguous())
+        codes, absmax, _ = bitsandbytes_layout.stock().int8_vectorwise_quant(x_TC.contiguous())
         return codes.to(whole), (absmax / largest)[:, None]
     x_TC = x_TC.float()
     # below it, divisions are not exact enough to stay within the codes

@@ -137,9 +137,9 @@ def _product(
             return int8_dispatch.few_tokens(codes_TC, scale, matrix_RC, scale_R, bias, dtype, bits).reshape(
                 shape
             )
-        sums_TR = bitsandbytes_layout.stock.int8_linear_matmul(codes_TC, matrix_RC)
+        sums_TR = bitsandbytes_layout.stock().int8_linear_matmul(codes_TC, matrix_RC)
         return int8_dispatch.scaled(sums_TR, scale, scale_R, bias, dtype, bits).reshape(shape)
-    multiply, whole = bitsandbytes_layout.stock.int8_linear_matmul, None
+    multiply, whole = bitsandbytes_layout.stock().int8_linear_matmul, None
     if x.is_cpu and not torch.compiler.is_compiling():
         multiply, whole = (
             (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
@@ -227,12 +227,15 @@ def stock(
 ) -> nn.Module:
     """Return a live Linear8bitLt, in eval mode, that holds copies of our codes, as transformers builds it for
     the native layout."""
+    # imported here, because it imports bitsandbytes
+    from llmcompress.formats import bitsandbytes_linear
+
     R, C = weight.codes_RC.shape
-    module: Any = bitsandbytes_layout.Linear8bitLt(
+    module: Any = bitsandbytes_linear.Linear8bitLt(
         C, R, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
     )
     codes = weight.codes_RC.to(device, copy=True)
-    module.weight = bitsandbytes_layout.Int8Params(
+    module.weight = bitsandbytes_linear.Int8Params(
         codes,
         requires_grad=False,
         has_fp16_weights=False,

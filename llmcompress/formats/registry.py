@@ -125,7 +125,10 @@ def linear_of(
     if isinstance(weight, Int8Weight):
         return integer_linear.stock(weight, bias, threshold=threshold, device=device)
     if native and isinstance(weight, bitsandbytes_layout.Packed):
-        return bitsandbytes_layout.linear(weight, bias, device=device)
+        # imported here, because it imports bitsandbytes
+        from llmcompress.formats import bitsandbytes_linear
+
+        return bitsandbytes_linear.linear(weight, bias, device=device)
     own = next(each for each in FORMATS if isinstance(weight, each.weight))
     return own.linear(weight, bias, device=device)
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import ModelError, OutputError
-from llmcompress.formats import bitsandbytes_layout
-from llmcompress.integrations.transformers_compat import Bnb4bitDeserialize, Bnb8bitDeserialize
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
+from llmcompress.integrations.transformers_compat import deserializers
 from llmcompress.io.destination import Seen, appear, seen
 from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
 
@@ -113,7 +113,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return (
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, bitsandbytes_layout.LINEARS)
+        if isinstance(module, bitsandbytes_linear.LINEARS)
     )
 
 
@@ -132,7 +132,7 @@ def _require_native(model: PreTrainedModel) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("weights of the model are offloaded; load it in memory to save it")
     for name, module in _linears(model):
-        int8 = isinstance(module, bitsandbytes_layout.Linear8bitLt)
+        int8 = isinstance(module, bitsandbytes_linear.Linear8bitLt)
         if module.weight.dtype != torch.int8 if int8 else getattr(module.weight, "quant_state", None) is None:
             raise ModelError(
                 f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what is "
@@ -143,7 +143,7 @@ def _require_native(model: PreTrainedModel) -> None:
 def mend(model: PreTrainedModel) -> None:
     """Restore in the live model what forwards changed, and let transformers save it. Errors: ModelError."""
     linears = dict(_linears(model))
-    lost = [name for name, module in linears.items() if bitsandbytes_layout.scales_lost(module)]
+    lost = [name for name, module in linears.items() if bitsandbytes_linear.scales_lost(module)]
     rounded = [name for name, module in linears.items() if _is_rounded(module.bias, model.dtype)]
     found: dict[str, Any] = {}
     if lost or rounded:
@@ -172,7 +172,7 @@ def mend(model: PreTrainedModel) -> None:
 
 def _reads_codes(conversion: Any) -> bool:
     operations = getattr(conversion, "operations", ())
-    return any(isinstance(operation, Bnb4bitDeserialize | Bnb8bitDeserialize) for operation in operations)
+    return any(isinstance(operation, deserializers()) for operation in operations)
 
 
 def _refusal(model: PreTrainedModel, lost: list[str], why: str) -> ModelError:
@@ -213,8 +213,8 @@ def _came_from(module: Any, origin: Any) -> bool:
     data, turned = origin.weight.data, copy.deepcopy(state)
     for _ in range(TURNS):
         for turn in (
-            bitsandbytes_layout.stock._convert_weight_packed_for_cpu,
-            bitsandbytes_layout.stock._convert_weight_packed_for_cpu_inverse,
+            bitsandbytes_layout.stock()._convert_weight_packed_for_cpu,
+            bitsandbytes_layout.stock()._convert_weight_packed_for_cpu_inverse,
         ):
             data, turned = turn(data, turned)
             if _same(data, turned, module.weight.data, live):

@@ -6,7 +6,7 @@ tests/integrations/test_transformers_compat.py lists all of these names and the 
 used, and checks that the installed version has them.
 """
 
-import llmcompress.formats.bitsandbytes_layout  # noqa: F401  # first: it has bitsandbytes imported quietly
+import llmcompress.formats.bitsandbytes_layout  # noqa: F401  # first: it quiets the import of bitsandbytes
 
 # isort: split
 from transformers.cache_utils import DynamicLayer as DynamicLayer
@@ -18,8 +18,6 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model as convert_and_load_state_dict_in_model,
 )
 from transformers.core_model_loading import rename_source_key as rename_source_key
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bitDeserialize
-from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
 from transformers.models.auto.auto_factory import (
@@ -36,6 +34,14 @@ from transformers.quantizers.base import (
 from transformers.quantizers.base import HfQuantizer as HfQuantizer
 from transformers.utils import logging as logging
 from transformers.utils.import_utils import is_peft_available as is_peft_available
+
+
+def deserializers() -> tuple[type, ...]:
+    """The operations by which a loader reads bitsandbytes' codes."""
+    # imported here, because it imports bitsandbytes
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+
+    return Bnb4bitDeserialize, Bnb8bitDeserialize
 
 
 def trackers() -> list[str]:

@@ -62,20 +62,27 @@ class LayerwiseModel(ABC):
         ties: Mapping[str, str] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         divided: Sequence[str] = (),
+        skeleton_of: LayerwiseModel | None = None,
     ) -> None:
-        """`divided` are parameters of experts that are stored as linears, by full name."""
+        """`divided` are parameters of experts that are stored as linears, by full name. `skeleton_of` is a
+        model of the same config and without stacks of experts, whose skeleton is shared; neither model may
+        then load weights."""
         self.config, self.device, self.dtype = config, device, dtype
         # stored dtypes of the weights that are not codes, by their names in the model
         self.dtypes = dict(dtypes or {})
         self.layouts = dict(layouts or {})  # of linears that the plug-in loads, by full name
         # tensors stored as other tensors, by name, without those that config.json ties
         self.ties = dict(ties or {})
-        self.model: PreTrainedModel = skeleton(config, dtype)
-        self.anatomy = anatomy_of(self.model)
+        if skeleton_of is None:
+            self.model: PreTrainedModel = skeleton(config, dtype)
+            self.anatomy = anatomy_of(self.model)
+        else:
+            self.model, self.anatomy = skeleton_of.model, skeleton_of.anatomy
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
-        with init_empty_weights(include_buffers=False):
-            build_layers(self.model, layers, self.anatomy)
+        if skeleton_of is None:
+            with init_empty_weights(include_buffers=False):
+                build_layers(self.model, layers, self.anatomy)
         self.layers = layers
         inside, tied = f"{self.anatomy.layers}.", self.model.all_tied_weights_keys
         # parameters of layers that are those of other layers, by full name; no stage changes them
@@ -86,7 +93,10 @@ class LayerwiseModel(ABC):
         }
         # parameters of experts that are linears here, by full name: whether the files hold them so
         self.divided: dict[str, bool] = {}
-        self._divide(divided, stored=True)
+        if skeleton_of is None:
+            self._divide(divided, stored=True)
+        else:
+            self.divided = dict.fromkeys(divided, True)
         self.sizes = self.sizes_of(0)
         self.stored: list[str] = []  # modules outside the layers that compute from a weight as it is stored
         self.rotation: Rotation | None = None
@@ -100,7 +110,7 @@ class LayerwiseModel(ABC):
         """Divide parameters of experts, by full name. Errors: ModelError for a name that is none of them."""
         if not parameters:
             return
-        for name in ("layer_linears", "expert_weights", "kept_weights", "expert_linears"):
+        for name in ("layer_linears", "expert_weights", "kept_weights", "expert_linears", "_maps", "_sizes"):
             self.__dict__.pop(name, None)
         wanted, each = {*parameters}, list[Anatomy]()
         for index, module in enumerate(self.layers):
@@ -356,15 +366,15 @@ class LayerwiseModel(ABC):
         sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
+        alike = dict[tuple[object, ...], dict[str, int]]()  # most layers have the weights of the first
         for index in range(len(self.layers)):
-            sizes, layer = (
-                self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()},
-                self.layer_name(index),
-            )
-            rows = self.anatomy.of_layer(index).layer.items()
-            total += sum(
-                math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
-            )
+            sizes = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}
+            layer, anatomy = self.layer_name(index), self.anatomy.of_layer(index)
+            if (key := (id(anatomy), *sizes.items())) not in alike:
+                alike[key] = {
+                    name: math.prod(Spelling.parse(row).shape(sizes)) for name, row in anatomy.layer.items()
+                }
+            total += sum(count * each(f"{layer}.{name}") for name, count in alike[key].items())
         return total - (self._unstored(each) if self.layouts or self.ties or self.tied else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
@@ -512,6 +522,22 @@ class MetaModel(LayerwiseModel):
     @property
     def where(self) -> str:
         return self.place
+
+    def sizes_of(self, index: int) -> dict[str, int]:
+        """The number of units on each axis in one layer, which stays as the config says."""
+        return dict(self._sizes[index])
+
+    @cached_property
+    def _sizes(self) -> list[dict[str, int]]:
+        return [super(MetaModel, self).sizes_of(index) for index in range(len(self.layers))]
+
+    def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the full name and the shape (outputs, inputs) of every linear that is not empty."""
+        yield from self._maps.items()
+
+    @cached_property
+    def _maps(self) -> dict[str, tuple[int, int]]:
+        return dict(super().linear_maps())
 
     def fingerprint(self) -> str:
         """The digest of the config, as there are no weights."""

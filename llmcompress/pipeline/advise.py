@@ -13,6 +13,9 @@ The rule:
    within it, or the best one leaves more than 5 % of it unused, `search` comes before them.
 5. Where fewer than three are left, recipes that were not measured on that model fill up to three. They are
    compared with each other, and with those, on the nearest model on which both were measured.
+6. Few recipes leave what an engine (`vllm`, `llama.cpp`) reads, itself or after an export: all are compared
+   on the nearest model on which both were measured, those that its latest release reads come first, and those
+   that others beat fill up to three, of other formats first. Their bytes are those of the export.
 
 Bytes follow from shapes, as in a plan. Nothing is timed unless a time is given. What was not measured is
 None.
@@ -23,8 +26,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -34,6 +37,7 @@ from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.data.calibration import DEMO
 from llmcompress.data.sources import EFFORTS, Effort
 from llmcompress.errors import CompressError, ModelError, argument
+from llmcompress.exports.registry import target_of
 from llmcompress.frontier.ways import palettes
 from llmcompress.io import own_code
 from llmcompress.io.local_names import short_name
@@ -41,23 +45,28 @@ from llmcompress.io.units import amount, duration
 from llmcompress.io.user_paths import shortened
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.pipeline.plan import foretold, times_of
+from llmcompress.pipeline.engines import (
+    ENGINES,
+    NAMES,
+    NOTES,
+    VLLM_NOW,
+    VLLM_THEN,
+    planned_of,
+    read_by,
+    require_engine,
+)
+from llmcompress.pipeline.plan import Foretold, foretold, text_of, times_of
 from llmcompress.pipeline.resolve import Base, bytes_within, config_of, find_base, resolve
 from llmcompress.recipe import catalogue, shipped
-from llmcompress.recipe.catalogue import MODELS, NATIVE, PLUGIN, Entry, Measured
+from llmcompress.recipe.catalogue import MODELS, PLUGIN, Entry, Measured
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.recipe.speeds import CPUS, H100, Machine, Speed
 from llmcompress.stages.machine import UntimedMachine
 
-Target = Literal["cpu", "gpu", "vllm"]
+Target = Literal["cpu", "gpu", "vllm", "llama.cpp"]
+ASKING = (PLUGIN, VLLM_THEN)  # what is more to ask for than transformers, or an engine as it is
 LEAST, MOST = 3, 5  # recipes that are advised
 FILLED = 0.95  # share of a size from which a recipe fills it
-VLLM = (
-    "vllm: only what the bitsandbytes loader of its releases up to 0.27.1 reads by its source, which was not "
-    "run here: nf4, fp4, int8 in all linears of the layers, with one width for all layers; it looks up "
-    "joined linears, so recipes that spare single ones (protect) are left out. Later releases read what "
-    "`llmcompress export --to compressed-tensors` makes of an integer format"
-)
 GPU = (
     "gpu: on an H100 no format is faster than bfloat16; quantise to fit a model into memory. To make it "
     "faster, prune and train: heal-after-prune; its speed was not measured for these recipes"
@@ -74,7 +83,8 @@ class Candidate:
     measured: tuple[Measured, ...]  # the model nearest to this one in parameters first
     loads_with: str
     learns: bool  # whether it trains, which takes most of the time
-    whole: bool  # whether no linear of the layers is spared
+    memory_bytes: int = 0  # that the run holds at once
+    engine: str | None = None  # the target of the export that an engine needs
     format: str | None = None  # if its linears have one
     speed: Speed | None = None  # of that format, where speed counts and was measured
     effort: Effort | None = None  # the best one within the time that was given
@@ -109,6 +119,7 @@ class Advice:
     kl_nats: float | None
     measured_on: str | None
     loads_with: str
+    memory_bytes: int | None = None  # that the run holds at once, beside Python and its libraries
     speed: Speed | None = None
     effort: Effort | None = None
     seconds: float | None = None
@@ -145,8 +156,8 @@ def advise(
     Args:
         model: Hub id, of which small files are fetched, folder, or `demo`.
         size: the most bytes of the result, like `60MB`, or a share of the base's, like `40%`.
-        target: where the result runs: `cpu` or `gpu` ranks formats by their measured speed, `vllm` keeps what
-            its bitsandbytes loader reads.
+        target: where the result runs: `cpu` or `gpu` ranks formats by their measured speed, `vllm` and
+            `llama.cpp` keep what the engine reads, itself or after an export.
         time: seconds that a run may take on this machine, which is then timed; without it no time is
             estimated.
         trust_remote_code: whether the model may run code of its own.
@@ -155,7 +166,8 @@ def advise(
         CompressError: the model can't be read, or nothing fits.
     """
     if target not in (None, *get_args(Target)):
-        raise CompressError(f"target {shortened(str(target))} is not known; use cpu, gpu or vllm")
+        known = ", ".join(get_args(Target))
+        raise CompressError(f"target {shortened(str(target))} is not known; use one of: {known}")
     with own_code.permission(trust_remote_code):
         base = find_base(os.fspath(model), weights=False)
         own_code.trust(base.folder)
@@ -169,16 +181,25 @@ def _advised(
     parameters, whole = outline.parameters(), outline.stored_bytes()
     limit = bytes_within(size, whole) if size is not None else None
     machine = _machine(target)
+    if target in ENGINES:
+        require_engine(target, base, outline)
     near = min(MODELS, key=lambda measured: _distance(measured, parameters))
     first, rest = _entries(near)
+    if target in ENGINES:  # few recipes leave what an engine reads, so all are compared
+        first, rest = [*first, *rest], []
     found, refused = _candidates(first, base, outline, machine, target)
-    within = _fitting(found, limit, name, time)
+    within = _fitting(found, limit, name, time, base, outline)
     chosen = ranked(within, parameters)
     if len(chosen) < LEAST:
         others, more = _candidates(rest, base, outline, machine, target)
         found, refused = [*found, *others], refused | more
-        chosen = filled(chosen, within, ranked(_fitting(others, limit, name, time), parameters))
-    searched = limit is not None and target != "vllm" and _search_fits(chosen, limit, outline)
+        fitting = _fitting(others, limit, name, time, base, outline)
+        chosen = filled(chosen, within, ranked(fitting, parameters))
+    if target in ENGINES:
+        formats = {one.format for one in chosen}
+        left = [one for one in in_order(within, parameters) if one not in chosen]
+        chosen = filled(chosen, [], sorted(left, key=lambda one: one.format in formats))
+    searched = limit is not None and target not in ENGINES and _search_fits(chosen, limit, outline)
     if not chosen and not searched:
         raise _nothing(found, refused, size, time, target)
     given = f"{shlex.quote(name)}{' --trust-remote-code' if code else ''}"
@@ -211,45 +232,83 @@ def _candidates(
     applied with the reason. They share one outline of the base, until one divides its experts."""
     found, refused, model = list[Candidate](), dict[str, str](), outline
     for entry in entries:
-        if model.divided:
-            model = meta_model(base.folder, config_of(base.folder, base=True), model.device)
+        model = _whole(base, model)
         try:
-            found.append(_candidate(entry, shipped.load(entry.name), model, machine))
+            one = _candidate(entry, shipped.load(entry.name), base, model, machine, target)
         except CompressError as error:
             refused[entry.name] = str(error)
-    if target == "vllm":
-        found = [each for each in found if each.loads_with == NATIVE and each.whole]
+            continue
+        if one is not None:
+            found.append(one)
     return found, refused
 
 
-def _fitting(found: Sequence[Candidate], limit: int | None, base: str, time: float | None) -> list[Candidate]:
-    """The recipes that fit in so many bytes and seconds, with the best effort that does."""
+def _whole(base: Base, outline: MetaModel) -> MetaModel:
+    """The outline of a base, anew if a stage divided its experts."""
+    if not outline.divided:
+        return outline
+    return meta_model(base.folder, config_of(base.folder, base=True), outline.device)
+
+
+def _fitting(
+    found: Sequence[Candidate],
+    limit: int | None,
+    name: str,
+    time: float | None,
+    base: Base,
+    outline: MetaModel,
+) -> list[Candidate]:
+    """The recipes that fit in so many bytes and seconds, with the best effort that does; `name` is the user's
+    for the base."""
     within = [each for each in found if limit is None or each.size_bytes <= limit]
     if time is None:
         return within
-    return [timed for each in within if (timed := _within(each, base, time))]
+    return [timed for each in within if (timed := _within(each, name, time, _whole(base, outline)))]
 
 
-def _candidate(entry: Entry, recipe: Recipe, model: MetaModel, machine: Machine | None) -> Candidate:
-    """A recipe on a model. Errors: CompressError if it can't be applied."""
-    parameters, layers = model.parameters(), model.layer_linears
-    steps = list(foretold(resolve(recipe, None, "cpu"), model, UntimedMachine(model.device), 1, 1))
-    left = steps[-1].left
-    coded = {name for step in steps for name in step.result.schemes}
+def _candidate(
+    entry: Entry, recipe: Recipe, base: Base, model: MetaModel, machine: Machine | None, target: Target | None
+) -> Candidate | None:
+    """A recipe on a model; None if the engine of the target does not read what it leaves. Errors:
+    CompressError if it can't be applied."""
+    steps = _foretold(recipe, model)
+    left, size = steps[-1].left, steps[-1].estimate.size_bytes
     ours = left.layouts or SCHEMA in left.config.to_dict()
+    loads_with, engine = PLUGIN if ours else entry.loads_with, None
+    if target in ENGINES:
+        planned = planned_of(base, steps)
+        spares = any(stage.spares for stage in recipe.stages)
+        if (way := read_by(target, planned, spares=spares, loads_with=loads_with)) is None:
+            return None
+        loads_with, engine = way
+        size = target_of(engine).weight_bytes(planned) if engine else size
     kernels = [stage.kernel for stage in recipe.stages if stage.kernel]
     kernel = kernels[0] if len(kernels) == 1 else None
     return Candidate(
         name=entry.name,
         purpose=entry.purpose,
-        size_bytes=steps[-1].estimate.size_bytes,
-        measured=nearest(entry.measured, parameters),
-        loads_with=PLUGIN if ours else entry.loads_with,
+        size_bytes=size,
+        measured=nearest(entry.measured, model.parameters()),
+        loads_with=loads_with,
         learns=any(stage.learns for stage in recipe.stages),
-        whole=coded.issuperset(layers) and not any(stage.spares for stage in recipe.stages),
+        memory_bytes=_memory(steps),
+        engine=engine,
         format=kernel,
         speed=machine.formats.get(kernel) if machine and kernel else None,
     )
+
+
+def _foretold(recipe: Recipe, model: MetaModel, effort: Effort | None = None) -> list[Foretold]:
+    """What each stage of a recipe leaves and costs, without times. Errors: CompressError if it can't be
+    applied."""
+    settled = recipe.with_effort(effort)
+    resolved = resolve(settled, None, "cpu")
+    samples, length = text_of(settled, resolved.data, model)
+    return list(foretold(resolved, model, UntimedMachine(model.device), samples * length, length))
+
+
+def _memory(steps: Sequence[Foretold]) -> int:
+    return max(step.estimate.peak_memory_bytes for step in steps)
 
 
 def nearest(measured: Sequence[Measured], parameters: int) -> tuple[Measured, ...]:
@@ -261,13 +320,15 @@ def _distance(model: str, parameters: int) -> float:
     return abs(math.log(parameters / MODELS[model]))
 
 
-def _within(one: Candidate, base: str, seconds: float) -> Candidate | None:
+def _within(one: Candidate, name: str, seconds: float, outline: MetaModel) -> Candidate | None:
     """A recipe with the best effort that fits in a time; None if none does."""
-    times = times_of(shipped.load(one.name), base=base)
+    recipe = shipped.load(one.name)
+    times = times_of(recipe, base=name)
     fits = [effort for effort in EFFORTS if times[effort] <= seconds]
     if not fits:
         return None
-    return Candidate(**vars(one) | {"effort": fits[-1], "seconds": times[fits[-1]]})
+    memory = _memory(_foretold(recipe, outline, fits[-1]))
+    return replace(one, effort=fits[-1], seconds=times[fits[-1]], memory_bytes=memory)
 
 
 def beats(other: Candidate, one: Candidate) -> bool:
@@ -278,7 +339,7 @@ def beats(other: Candidate, one: Candidate) -> bool:
         return False
     asks_more = (
         (other.learns and not one.learns)
-        or (other.loads_with == PLUGIN and one.loads_with != PLUGIN)
+        or (other.loads_with in ASKING and one.loads_with not in ASKING)
         or other.rank < one.rank
     )
     here, there = (other.size_bytes, both[0][0]), (one.size_bytes, both[0][1])
@@ -288,10 +349,24 @@ def beats(other: Candidate, one: Candidate) -> bool:
 def ranked(found: Sequence[Candidate], parameters: int) -> list[Candidate]:
     """The recipes that no other beats, in the order in which they are advised for a model of so many
     parameters, five at most."""
-    best = [one for one in found if not any(beats(other, one) for other in found)]
-    best.sort(key=lambda one: (_distance(one.model, parameters), -one.rank, one.loss, one.size_bytes))
+    best = in_order([one for one in found if not any(beats(other, one) for other in found)], parameters)
     first = {one.purpose: one for one in reversed(best)}
     return sorted(best, key=lambda one: first[one.purpose] is not one)[:MOST]
+
+
+def in_order(found: Iterable[Candidate], parameters: int) -> list[Candidate]:
+    """Recipes by what reads them, by how near the model is on which they were measured, by speed, then by
+    loss."""
+    return sorted(
+        found,
+        key=lambda one: (
+            one.loads_with == VLLM_THEN,
+            _distance(one.model, parameters),
+            -one.rank,
+            one.loss,
+            one.size_bytes,
+        ),
+    )
 
 
 def filled(
@@ -326,8 +401,11 @@ def _nothing(
     target: Target | None,
 ) -> CompressError:
     """The error where nothing can be advised."""
-    if not found and target == "vllm":
-        return ModelError("no shipped recipe leaves of this model what vLLM reads; leave out the target vllm")
+    if not found and target in ENGINES:
+        return ModelError(
+            f"no shipped recipe leaves of this model what {NAMES[target]} reads; leave out the target "
+            f"{target}"
+        )
     if not found:
         return ModelError(f"no shipped recipe can be applied: {next(iter(refused.values()))}")
     least = min(found, key=lambda one: one.size_bytes)
@@ -359,16 +437,21 @@ def _of(
         why.append(f"not measured on {near}")
     if machine and one.format:
         why.append(_speed_words(one, machine))
+    command = f"llmcompress run {one.name} --base {given}{effort} --out {out}"
+    if one.engine is not None:
+        into = shlex.quote(f"{short_name(name)}-{one.name}-{one.engine}")
+        command += f" && llmcompress export {out} --to {one.engine} --out {into}"
     return Advice(
         recipe=one.name,
         purpose=one.purpose,
         why="; ".join(why),
-        command=f"llmcompress run {one.name} --base {given}{effort} --out {out}",
+        command=command,
         size_bytes=one.size_bytes,
         share=one.size_bytes / whole,
         kl_nats=one.loss,
         measured_on=one.model,
         loads_with=one.loads_with,
+        memory_bytes=one.memory_bytes,
         speed=one.speed,
         effort=one.effort,
         seconds=one.seconds,
@@ -380,6 +463,7 @@ def _reason(one: Candidate, chosen: Sequence[Candidate]) -> str:
     kinds: tuple[tuple[str, Callable[[Candidate], bool]], ...] = (
         ("without training", lambda each: not each.learns),
         ("without llmcompress to load it", lambda each: each.loads_with != PLUGIN),
+        (f"that {VLLM_NOW} reads now", lambda each: each.loads_with == VLLM_NOW),
         (f"with {one.purpose}", lambda each: each.purpose == one.purpose),
     )
     near = [each for each in chosen if each.model == one.model]
@@ -393,6 +477,8 @@ def _reason(one: Candidate, chosen: Sequence[Candidate]) -> str:
                 return f"least loss {words}".rstrip()
             if min(group, key=lambda each: each.size_bytes) is one:
                 return f"fewest bytes {words}".rstrip()
+    if any(beats(other, one) for other in chosen):
+        return "another of these is as small and loses less; to compare"
     return "between the others in bytes and loss"
 
 
@@ -439,7 +525,10 @@ def _notes(
 ) -> list[str]:
     models = dict.fromkeys(each.measured_on for each in advice[:MOST] if each.measured_on)
     named = ", ".join(f"{name} ({amount(MODELS[name])} parameters)" for name in models)
-    notes = ["bytes follow from the shapes, but for headers and for which linears `protect` spares"]
+    notes = [
+        "bytes follow from the shapes, but for headers and for which linears `protect` spares; memory is "
+        "what the run holds at once, beside Python and its libraries"
+    ]
     if named:
         notes.append(
             f"KL(base || compressed) was measured on {named}, the nearest to this one "
@@ -454,8 +543,8 @@ def _notes(
             "time is estimated on this machine, with the best effort that fits; a KL is that of the recipe "
             "as it was measured, not of an effort, and a search is not timed"
         )
-    if target == "vllm":
-        notes.append(VLLM)
+    if target in NOTES:
+        notes.append(NOTES[target])
     if target == "gpu":
         notes.append(GPU)
     if target == "cpu":

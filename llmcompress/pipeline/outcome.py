@@ -159,7 +159,11 @@ def outline_after(result: StageResult, model: LayerwiseModel) -> MetaModel:
     dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
     ties = model.ties | dict(result.ties)
     layouts = layouts_after(result, model)
-    return MetaModel(config, model.device, model.dtype, layouts, ties, dtypes, [*model.divided])
+    # building a skeleton takes most of the time; one that a stage leaves as it is can be shared
+    alike = isinstance(model, MetaModel) and not (result.config or model.expert_weights)
+    return MetaModel(
+        config, model.device, model.dtype, layouts, ties, dtypes, [*model.divided], model if alike else None
+    )
 
 
 def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:

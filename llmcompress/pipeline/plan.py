@@ -91,8 +91,7 @@ def plan_recipe(
     settled = recipe.with_effort(effort)
     config, resolved = config_of(found.folder, base=True), resolve(settled, data, device)
     spec, model = resolved.data, meta_model(found.folder, config, resolved.device)
-    samples, longest = spec.amount(settled.effort)
-    length = spec.length or min(longest, getattr(model.text_config, "max_position_embeddings", longest))
+    samples, length = text_of(settled, spec, model)
     machine = machine_of(model.device)
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, Time()), cost=False)]
     notes = _known(model)
@@ -109,6 +108,14 @@ def plan_recipe(
         notes.append(chosen_words(chosen))
     notes.append(f"calibration: {samples} sequences of {length} tokens, on {model.device}")
     return Plan(tuple(rows), tuple(notes), seconds, settled.effort or DEFAULT)
+
+
+def text_of(settled: Recipe, spec: DataSpec, model: LayerwiseModel) -> tuple[int, int]:
+    """How many sequences a run calibrates on, and of how many tokens."""
+    samples, longest = spec.amount(settled.effort)
+    return samples, spec.length or min(
+        longest, getattr(model.text_config, "max_position_embeddings", longest)
+    )
 
 
 @dataclass(frozen=True)

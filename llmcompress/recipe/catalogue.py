@@ -37,7 +37,7 @@ MODELS = {  # the measured models by their parameters
 }
 MEASURED = re.compile(
     r"#\s+(?P<model>\S+): KL (?P<kl>[0-9.]+) nats(?: \((?P<against>.*)\))?, "
-    r"perplexity (?P<before>[0-9.]+) -> (?P<after>[0-9.]+), (?P<seconds>[0-9.]+) s"
+    r"perplexity (?P<before>[0-9.]+) -> (?P<after>[0-9.]+)(?:, (?P<seconds>[0-9.]+) s)?"
 )
 
 
@@ -49,7 +49,7 @@ class Measured:
     kl_nats: float
     base_perplexity: float
     perplexity: float
-    seconds: float
+    seconds: float | None  # None where they were not measured
     against: str | None  # the KL relative to a baseline, in words
 
 
@@ -103,9 +103,8 @@ def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
         if not line.startswith("#"):
             break
         if found := MEASURED.fullmatch(line):
-            kl, before, after, seconds = (
-                float(found[group]) for group in ("kl", "before", "after", "seconds")
-            )
+            kl, before, after = (float(found[group]) for group in ("kl", "before", "after"))
+            seconds = float(found["seconds"]) if found["seconds"] else None
             measured.append(Measured(found["model"], kl, before, after, seconds, found["against"]))
         elif not line.startswith(("# measured", "# yaml-language-server")):
             words.append(line.lstrip("# "))

@@ -367,6 +367,8 @@ class AdviceLine(Protocol):
     @property
     def loads_with(self) -> str: ...
     @property
+    def memory_bytes(self) -> int | None: ...
+    @property
     def seconds(self) -> float | None: ...
 
 
@@ -375,7 +377,7 @@ def print_advice(
 ) -> None:
     """Print `advise`: a table by number, and below it why each is advised and the command to run. The time
     is shown if it was estimated."""
-    header = ("recipe", "bytes", "share", "KL, nats", "measured on")
+    header = ("recipe", "bytes", "share", "KL, nats", "memory")
     cells = []
     for place, row in enumerate(rows, 1):
         most = "" if row.recipe else "<= "
@@ -385,13 +387,14 @@ def print_advice(
                 most + amount(row.size_bytes, "B"),
                 measured_percent(row.share),
                 number(row.kl_nats),
-                row.measured_on or NONE,
+                amount(row.memory_bytes, "B"),
                 *((duration(row.seconds),) if timed else ()),
             )
         )
     _print(console, f"for {model}", (*header, "time") if timed else header, cells)
     for place, row in enumerate(rows, 1):
-        words = f"{place} {row.why}; loads with {row.loads_with}"
+        on = f" (KL on {row.measured_on})" if row.measured_on else ""
+        words = f"{place} {row.why}{on}; loads with {row.loads_with}"
         console.print(words, soft_wrap=True, highlight=False, markup=False)
         console.print(f"  {row.command}", soft_wrap=True, highlight=False, markup=False)
     for note in notes:

@@ -147,9 +147,12 @@ def test_compare_prints_artefacts_by_size_and_writes_a_page(shelf: Path, cli: Cl
 def test_advise_prints_recipes_that_fit_and_the_commands_to_run(cli: Cli, tmp_path: Path) -> None:
     done = cli("advise", "demo", "--size", "48%", "--for", "vllm")
     assert done.code == 0, done.err
-    assert "1 nf4-learned-tuned" in done.out
+    assert "1 w4a16" in done.out and "nf4-learned-tuned" in done.out
+    assert "llmcompress run w4a16 --base demo --out demo-w4a16 && llmcompress export demo-w4a16 " in done.out
     assert "llmcompress run nf4-learned-tuned --base demo --out demo-nf4-learned-tuned\n" in done.out
     assert "w8a8" not in done.out
+    done = cli("advise", "demo", "--for", "llama.cpp")
+    assert "--to gguf" in done.out and "nf4" not in done.out
     found = json.loads(cli("advise", "demo", "--size", "48%", "--json").out)
     assert found["advice"][0]["command"] == "llmcompress search demo --size 48%"
     assert found["advice"][1]["recipe"] == "nf4-learned-tuned"

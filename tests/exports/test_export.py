@@ -49,6 +49,12 @@ class Floats:
         wrong = [each for each in artefact.matrices.values() if each.format == "w8a8"]
         return f"{wrong[0].name} is {wrong[0].format}" if wrong else None
 
+    def unfit(self, artefact: Artefact) -> str | None:
+        return self.refusal(artefact)
+
+    def weight_bytes(self, artefact: Artefact) -> int:
+        return self.size_bytes(artefact)
+
     def size_bytes(self, artefact: Artefact) -> int:
         return 8 * artefact.checkpoint.size_bytes
 

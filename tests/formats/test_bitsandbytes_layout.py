@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.errors import ModelError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from tests.models import pico
 
 stock: Any = functional  # typed in part only
@@ -221,7 +221,7 @@ def test_a_live_linear_computes_with_our_weight(
     format: bitsandbytes_layout.FourBitFormat, double_quant: bool
 ) -> None:
     packed, bias, x = own(format, 64, double_quant), noise(64, seed=3), noise(5, 256, seed=4)
-    module = bitsandbytes_layout.linear(packed, bias)
+    module = bitsandbytes_linear.linear(packed, bias)
     exact = torch.nn.functional.linear(x, bitsandbytes_layout.dequantize(packed), bias)
     assert torch.equal(module(x.clone().requires_grad_()), exact)
     with torch.no_grad():
@@ -233,11 +233,11 @@ def test_a_live_linear_gives_its_exact_codes_back_after_a_forward(
     format: bitsandbytes_layout.FourBitFormat, double_quant: bool
 ) -> None:
     packed, bias, x = own(format, 64, double_quant), noise(64, seed=3), noise(5, 256, seed=4)
-    module = bitsandbytes_layout.linear(packed, bias)
-    assert equal(bitsandbytes_layout.packed_of(module), packed)
+    module = bitsandbytes_linear.linear(packed, bias)
+    assert equal(bitsandbytes_linear.packed_of(module), packed)
     with torch.no_grad():
         before = module(x)
-    assert equal(bitsandbytes_layout.packed_of(module), packed)
+    assert equal(bitsandbytes_linear.packed_of(module), packed)
     state = module.state_dict()
     expected = {**bitsandbytes_layout.tensors(packed), "bias": bias}
     assert state.keys() == expected.keys()
@@ -251,7 +251,7 @@ def test_gradients_pass_through_a_live_linear_after_a_forward_repacked_it(
     format: bitsandbytes_layout.FourBitFormat,
 ) -> None:
     packed = own(format, 64, double_quant=False)
-    module, bias = bitsandbytes_layout.linear(packed, noise(64)), noise(64)
+    module, bias = bitsandbytes_linear.linear(packed, noise(64)), noise(64)
     x = noise(3, 256, seed=1).requires_grad_()
     with torch.no_grad():
         module(x)  # on a CPU with AVX512-BF16 this is what repacks
@@ -260,7 +260,7 @@ def test_gradients_pass_through_a_live_linear_after_a_forward_repacked_it(
     torch.testing.assert_close(
         x.grad, (bias @ bitsandbytes_layout.dequantize(packed)).expand(3, 256), rtol=1e-4, atol=1e-6
     )
-    assert torch.equal(bitsandbytes_layout.packed_of(module).codes_RC, packed.codes_RC)
+    assert torch.equal(bitsandbytes_linear.packed_of(module).codes_RC, packed.codes_RC)
 
 
 @repacks
@@ -271,11 +271,11 @@ def test_a_stock_linear_is_read_before_a_forward_and_refused_after() -> None:
         256, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", device="meta"
     ).eval()
     module.weight = Params4bit.from_prequantized(stored.pop("weight"), stored, device="cpu", module=module)
-    assert equal(bitsandbytes_layout.packed_of(module), packed)
+    assert equal(bitsandbytes_linear.packed_of(module), packed)
     with torch.no_grad():
         module(noise(2, 256))
     with pytest.raises(ModelError, match="load it again"):
-        bitsandbytes_layout.packed_of(module)
+        bitsandbytes_linear.packed_of(module)
 
 
 LOADER = """
@@ -368,7 +368,7 @@ def test_a_live_model_saves_and_loads_with_plain_transformers(tmp_path: Path) ->
         ):
             model.set_submodule(
                 name,
-                bitsandbytes_layout.linear(
+                bitsandbytes_linear.linear(
                     bitsandbytes_layout.quantize_nearest(module.weight.data, "nf4", 64, False), None
                 ),
             )

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress import save_native
 from llmcompress.errors import ModelError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
@@ -100,13 +100,13 @@ def repack(model: Any) -> int:
     """A forward as bitsandbytes runs it on a CPU with AVX512-BF16; how many linears it repacked. On others
     logits are wrong."""
     linears: list[Any] = [
-        module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]
+        module for module in model.modules() if type(module) is bitsandbytes_linear.LINEARS[0]
     ]
     for module in linears:
         module.support_avx512bf16_for_cpu = True
     forward(model)
     for module in linears:
-        module.support_avx512bf16_for_cpu = bitsandbytes_layout.stock.has_avx512bf16()
+        module.support_avx512bf16_for_cpu = bitsandbytes_layout.stock().has_avx512bf16()
     return sum(module.weight.quant_state.packing_format_for_cpu for module in linears)
 
 
@@ -125,7 +125,7 @@ def test_a_model_is_saved_bit_for_bit_before_and_after_forwards(
     repack(model)
     assert not different(stored(save_native(model, tmp_path / "repacked")), expected)
     four_bit: list[Any] = [
-        module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]
+        module for module in model.modules() if type(module) is bitsandbytes_linear.LINEARS[0]
     ]
     assert all(module.quant_state is module.weight.quant_state for module in four_bit)
     assert torch.equal(forward(model), before), "the live model is mended too"
@@ -171,9 +171,9 @@ def test_scales_are_found_again_after_state_dicts_between_forwards(kind: str, tm
     for turn in range(3):
         repack(model)
         model.state_dict()  # turns the codes back and leaves the scales wrong
-        assert bitsandbytes_layout.scales_lost(model.model.layers[0].mlp.up_proj)
+        assert bitsandbytes_linear.scales_lost(model.model.layers[0].mlp.up_proj)
         with pytest.raises(ModelError, match="load it again"):
-            bitsandbytes_layout.packed_of(model.model.layers[0].mlp.up_proj)
+            bitsandbytes_linear.packed_of(model.model.layers[0].mlp.up_proj)
         if turn:
             assert not different(stored(save_native(model, tmp_path / f"{turn}")), stored(made))
 

@@ -90,7 +90,7 @@ def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(
 
 
 @pytest.mark.skipif(
-    bitsandbytes_layout.stock.has_avx512bf16(),
+    bitsandbytes_layout.stock().has_avx512bf16(),
     reason="on this CPU a forward rounds the scales too, and saving is refused",
 )
 def test_a_rounded_bias_is_saved_as_it_is_where_the_origin_is_gone(tmp_path: Path) -> None:

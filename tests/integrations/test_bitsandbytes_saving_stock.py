@@ -11,7 +11,7 @@ import torch
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from tests.bases import save_base
 from tests.integrations.test_bitsandbytes_saving import (
     artefact,
@@ -85,9 +85,9 @@ def test_transformers_alone_saves_trainable_int8_so_that_it_does_not_load(tmp_pa
 def test_a_forward_on_such_a_cpu_rounds_scales_for_good(kind: str, tmp_path: Path) -> None:
     model = load(artefact(tmp_path / "made", kind))
     linear = model.model.layers[0].mlp.up_proj
-    assert not bitsandbytes_layout.scales_lost(linear)
-    exact = bitsandbytes_layout.packed_of(linear).absmax_RG
-    assert repack(model) == 14 and bitsandbytes_layout.scales_lost(linear)
+    assert not bitsandbytes_linear.scales_lost(linear)
+    exact = bitsandbytes_linear.packed_of(linear).absmax_RG
+    assert repack(model) == 14 and bitsandbytes_linear.scales_lost(linear)
     held = linear.weight.quant_state.absmax
     assert (
         held.dtype == torch.bfloat16
@@ -97,11 +97,11 @@ def test_a_forward_on_such_a_cpu_rounds_scales_for_good(kind: str, tmp_path: Pat
 
 
 @pytest.mark.skipif(
-    not bitsandbytes_layout.stock.has_avx512bf16(),
+    not bitsandbytes_layout.stock().has_avx512bf16(),
     reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing",
 )
 @by_four
 def test_a_cpu_that_has_it_needs_no_telling(kind: str, tmp_path: Path) -> None:
     model = load(artefact(tmp_path / "made", kind))
     forward(model)
-    assert bitsandbytes_layout.scales_lost(model.model.layers[0].mlp.up_proj)
+    assert bitsandbytes_linear.scales_lost(model.model.layers[0].mlp.up_proj)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmcompress.errors import ModelError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.formats.base import StoredModule
 from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import TOKENS
@@ -49,7 +49,7 @@ def quantised(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (StoredModule, *bitsandbytes_layout.LINEARS))
+        if isinstance(module, (StoredModule, *bitsandbytes_linear.LINEARS))
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.errors import OutputError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import Writer, partial_folder, require_space
@@ -117,7 +117,7 @@ def test_a_quantised_linear_may_lie_in_several_shards(
             else:
                 model.set_submodule(
                     name,
-                    bitsandbytes_layout.linear(
+                    bitsandbytes_linear.linear(
                         bitsandbytes_layout.quantize_nearest(module.weight.data, "nf4", 64, True), None
                     ),
                 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress import plan
+from llmcompress import DataSpec, Recipe, compress, plan
 from llmcompress.errors import CompressError, ModelError
+from llmcompress.exports.artefact import Artefact
+from llmcompress.exports.registry import TARGETS
+from llmcompress.modeling import layerwise, model_config
+from llmcompress.modeling.from_disk import meta_model
 from llmcompress.pipeline import advise as advise_module
 from llmcompress.pipeline.advise import Candidate, advise, beats, filled, nearest, ranked
+from llmcompress.pipeline.engines import planned_of
+from llmcompress.pipeline.plan import foretold
+from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe import catalogue, shipped
 from llmcompress.recipe.catalogue import MODELS, NATIVE, PLUGIN, TRANSFORMERS, Measured
 from llmcompress.recipe.speeds import AVX2, AVX512, H100, Machine, Speed
 from llmcompress.stages.machine import Machine as TimedMachine
-from tests.bases import save_base
+from llmcompress.stages.machine import UntimedMachine
+from tests.bases import save_base, write_text
 
 RESULTS = Path(__file__).parents[2] / "evaluation" / "results"
 SMOL = MODELS["smollm2-135m"]
@@ -35,7 +45,6 @@ def one(name: str, size: int, kl: float, **others: Any) -> Candidate:
         "measured": (loss("demo", kl),),
         "loads_with": NATIVE,
         "learns": False,
-        "whole": True,
     }
     return Candidate(name=name, size_bytes=size, **facts | others)
 
@@ -150,6 +159,8 @@ def test_the_demo_gets_three_to_five_recipes_with_the_facts_of_their_files(
         assert advice.share == advice.size_bytes / demo.size_bytes
         assert advice.command == f"llmcompress run {advice.recipe} --base demo --out demo-{advice.recipe}"
         assert (advice.seconds, advice.effort, advice.speed) == (None, None, None)
+        rows = plan("demo", advice.recipe).rows
+        assert advice.memory_bytes == max(row.peak_memory_bytes or 0 for row in rows)
     assert demo.advice[0].why == "least loss"
     assert demo.advice[0].kl_nats == min(advice.kl_nats or 9 for advice in demo.advice)
     assert json.loads(json.dumps(demo.to_dict()))["model"] == "demo"
@@ -177,12 +188,16 @@ def test_a_size_below_all_recipes_is_searched_alone() -> None:
     assert "tied to the embedding" in found.refused["hidden-75"], "every recipe was tried"
 
 
-def test_vllm_gets_whole_native_models_alone() -> None:
-    found = advise("demo", target="vllm", size="48%")
-    assert {advice.loads_with for advice in found.advice} == {NATIVE}
+def test_vllm_gets_what_its_latest_release_reads_first() -> None:
+    found = advise("demo", target="vllm", size="60%")
+    order = [advice.loads_with for advice in found.advice]
+    assert order == sorted(order) and set(order) == {"vLLM", "vLLM up to 0.27.1"}
+    assert [advice.recipe for advice in found.advice][:2] == ["w8a8-all", "w4a16"]
     for advice in found.advice:
         assert advice.recipe, "a search mixes formats"
         assert not any(stage.spares for stage in shipped.load(advice.recipe).stages)
+        exported = f"--to compressed-tensors --out demo-{advice.recipe}-compressed-tensors" in advice.command
+        assert exported == (advice.loads_with == "vLLM")
     assert any("was not run here" in note for note in found.notes)
 
 
@@ -204,6 +219,115 @@ def test_a_gpu_gets_nf4_first_and_hears_that_nothing_is_faster() -> None:
     found = advise("demo", target="gpu")
     assert found.advice[0].speed == H100.formats["nf4"]
     assert any("no format is faster than bfloat16" in note for note in found.notes)
+
+
+def test_llama_cpp_gets_what_a_gguf_file_holds_and_both_commands() -> None:
+    found = advise("demo", target="llama.cpp")
+    assert 3 <= len(found.advice) <= 5
+    formats = {"w8a8", "w4a8", "q4_0", "iq4_nl"}
+    for advice in found.advice:
+        assert advice.recipe and advice.loads_with == "llama.cpp"
+        kernels = {stage.kernel for stage in shipped.load(advice.recipe).stages if stage.kernel}
+        assert kernels <= formats, "what is rounded again is refused by the export"
+        made = f"demo-{advice.recipe}"
+        assert advice.command == (
+            f"llmcompress run {advice.recipe} --base demo --out {made} && "
+            f"llmcompress export {made} --to gguf --out {made}-gguf"
+        )
+    assert {"w8a8", "iq4_nl", "q4_0"} <= {advice.recipe for advice in found.advice}
+    assert any("llmcompress[gguf]" in note for note in found.notes)
+
+
+def test_a_recipe_of_a_llama_cpp_format_has_the_loss_of_the_results() -> None:
+    rows = json.loads((RESULTS / "gguf.json").read_text())["rows"]
+    for name in ("q4_0", "iq4_nl"):
+        measured = {
+            row["model"]: row["kl_nats_mean"]
+            for row in rows
+            if (row["format"], row["rounding"]) == (name, "gptq")
+        }
+        entry = next(entry for entry in catalogue.entries() if entry.name == name)
+        assert {each.model for each in entry.measured} == measured.keys()
+        for each in entry.measured:
+            assert each.kl_nats == pytest.approx(measured[each.model], abs=6e-6) and each.seconds is None
+
+
+def test_llama_cpp_refuses_a_family_and_a_tokenizer_that_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"llama.cpp can't run this model: .*; leave out the target"):
+        advise(save_base(tmp_path / "moe", "qwen3_moe"), target="llama.cpp")
+    llama = save_base(tmp_path / "llama")
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"llama.cpp can't run this model: .*tokenizer"):
+        advise(llama, target="llama.cpp")
+
+
+@pytest.mark.parametrize(
+    "name", ["q4_0", "iq4_nl", "w4a16", "w8a8-all", "int8-smooth", "nf4-gptq", "ffn-75-obs"]
+)
+def test_a_planned_artefact_has_the_bytes_and_refusals_of_the_one_that_is_made(
+    name: str, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base")
+    stages = [
+        stage.model_copy(update={"protect": 0.0}) if stage.spares else stage
+        for stage in shipped.load(name).stages
+    ]
+    file = write_text(tmp_path / "text.txt")
+    text = DataSpec(source=str(file), samples=4, length=24, evaluation_samples=2)
+    small = tmp_path / "small"
+    compress(base, stages, small, data=text)
+    made = Artefact(small)
+    outline = meta_model(base, config_of(base, base=True), torch.device("cpu"))
+    resolved = resolve(Recipe(stages=tuple(stages)), text, "cpu")
+    steps = list(foretold(resolved, outline, UntimedMachine(outline.device), 96, 24))
+    found = planned_of(find_base(str(base)), steps)
+    assert found.matrices.keys() == made.matrices.keys()
+    assert {key: (each.shape, each.format) for key, each in found.matrices.items()} == {
+        key: (each.shape, each.format) for key, each in made.matrices.items()
+    }
+    for target in TARGETS.values():
+        assert target.unfit(found) == target.unfit(made)
+        if target.unfit(made) is None:
+            assert target.weight_bytes(found) == target.weight_bytes(made)
+
+
+def test_an_outline_is_built_once_and_once_more_for_each_stage_that_changes_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built, real = list[str](), model_config.skeleton
+
+    def counted(config: Any, dtype: torch.dtype) -> Any:
+        built.append(config.to_json_string())
+        return real(config, dtype)
+
+    monkeypatch.setattr(layerwise, "skeleton", counted)
+    found = advise("demo")
+    assert len(found.advice) == 5
+    base = built[0]
+    assert built.count(base) == 1, "recipes share one outline of the base"
+    tried = [entry.name for entry in catalogue.entries() if any(m.model == "demo" for m in entry.measured)]
+    changing = ("prune", "tie", "distill")
+    shapes = sum(stage.name in changing for name in tried for stage in shipped.load(name).stages)
+    assert len(built) <= 1 + shapes
+
+
+WITHOUT = """
+import sys
+from llmcompress.cli.app import main
+sys.argv = ["llmcompress", "advise", "demo"]
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+late = {"bitsandbytes", "datasets", "pandas", "matplotlib", "peft"} & set(sys.modules)
+assert not late, late
+"""
+
+
+def test_the_command_imports_neither_bitsandbytes_nor_what_reads_text() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1 w8a8" in done.stdout
 
 
 def rows_of(file: str, what: str, **asked: Any) -> dict[str, Any]:
@@ -259,8 +383,10 @@ def test_experts_in_a_native_format_need_the_plug_in(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3_moe")
     four = [advice for advice in advise(base).advice if advice.purpose == "4 bits per weight"]
     assert four and {advice.loads_with for advice in four} == {PLUGIN}
-    with pytest.raises(ModelError, match="of this model what vLLM reads"):
-        advise(base, target="vllm")
+    plain = advise(base, target="vllm").advice
+    assert plain and {(advice.loads_with, "export" in advice.command) for advice in plain} == {
+        ("vLLM", False)
+    }
 
 
 def test_a_time_takes_the_best_effort_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +399,11 @@ def test_a_time_takes_the_best_effort_that_fits(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(advise_module, "times_of", times_of)
     found = advise("demo", time=30)
     assert {(advice.effort, advice.seconds) for advice in found.advice} == {("balanced", 20.0)}
+    fast = advise("demo", time=15)
+    memory = {advice.recipe: advice.memory_bytes or 0 for advice in fast.advice}
+    assert {advice.effort for advice in fast.advice} == {"fast"}
+    for advice in found.advice:
+        assert memory[advice.recipe] < (advice.memory_bytes or 0), "of the text of that effort"
     assert "--base demo --effort balanced --out" in found.advice[0].command
     with pytest.raises(CompressError, match=r"fits in time 5.0 s; give more time"):
         advise("demo", time=5)
@@ -285,7 +416,7 @@ def test_bad_input_gets_one_line(tmp_path: Path) -> None:
         ({"size": "100%"}, "size 100% is no less than the base"),
         ({"size": "1kB"}, "fits in size 1kB; give more bytes"),
         ({"size": "20%", "target": "vllm"}, "fits in size 20%"),
-        ({"target": wrong}, "target tpu is not known; use cpu, gpu or vllm"),
+        ({"target": wrong}, "target tpu is not known; use one of: cpu, gpu, vllm, llama.cpp"),
     ):
         with pytest.raises(CompressError, match=message) as caught:
             advise("demo", **settings)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, small_recipe, write_text
@@ -59,7 +59,7 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
         if type(module).__name__ == "Linear4bit":
             target, weight = (
                 dense.get_submodule(name),
-                bitsandbytes_layout.dequantize(bitsandbytes_layout.packed_of(module)),
+                bitsandbytes_layout.dequantize(bitsandbytes_linear.packed_of(module)),
             )
             target.weight.data = weight.T if type(target).__name__ == "Conv1D" else weight
     log_q = whole_logits(dense, sequences).log_softmax(-1)

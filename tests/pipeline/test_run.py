@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import AcceptError, DataError, ModelError, OutputError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
@@ -383,9 +383,9 @@ def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path
     assert report.base.size_bytes is not None and written.base.size_bytes is not None
     assert abs(report.base.size_bytes - written.base.size_bytes) < 10_000  # all but the headers of the file
     codes = {
-        n: bitsandbytes_layout.dequantize(bitsandbytes_layout.packed_of(m))
+        n: bitsandbytes_layout.dequantize(bitsandbytes_linear.packed_of(m))
         for n, m in model.named_modules()
-        if isinstance(m, bitsandbytes_layout.Linear4bit)
+        if isinstance(m, bitsandbytes_linear.Linear4bit)
     }
     own = own_weights(tmp_path / "out")
     assert codes.keys() == own.keys() and all(torch.equal(codes[name], own[name]) for name in own)
@@ -427,8 +427,8 @@ def test_a_model_in_memory_keeps_its_mode_and_its_dtype(text: Path, tmp_path: Pa
     recipe = small_recipe(text, rounding="nearest")
     apply_recipe(recipe, model, byte_tokenizer())
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.training
-    linears = [m for m in model.modules() if isinstance(m, bitsandbytes_layout.Linear4bit)]
-    assert {bitsandbytes_layout.packed_of(m).dtype for m in linears} == {torch.bfloat16}
+    linears = [m for m in model.modules() if isinstance(m, bitsandbytes_linear.Linear4bit)]
+    assert {bitsandbytes_linear.packed_of(m).dtype for m in linears} == {torch.bfloat16}
     model.eval()
     with torch.no_grad():
         assert model(TOKENS).logits.isfinite().all()

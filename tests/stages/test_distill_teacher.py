@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from llmcompress.algorithms.distillation_losses import Scores, TopK, token_loss, top_k
 from llmcompress.derivation.shrink import tiny_model
 from llmcompress.errors import ModelError, OutputError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.stages.distill.teacher import (
@@ -139,11 +139,11 @@ def test_a_teacher_is_in_use_and_does_not_learn() -> None:
 # in 4 bits
 
 
-def four_bit(model: nn.Module) -> dict[str, bitsandbytes_layout.Linear4bit]:
+def four_bit(model: nn.Module) -> dict[str, bitsandbytes_linear.Linear4bit]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, bitsandbytes_layout.Linear4bit)
+        if isinstance(module, bitsandbytes_linear.Linear4bit)
     }
 
 
@@ -161,7 +161,7 @@ def test_a_teacher_in_4_bits_says_what_its_dequantised_weights_say(family: str) 
     assert four_bit(teacher).keys() == plain.keys() and len(plain) >= 8
     found = made(LiveTeacher(teacher, V)({"input_ids": IDS}).scores)
     for name, module in four_bit(teacher).items():
-        packed = bitsandbytes_layout.packed_of(module)
+        packed = bitsandbytes_linear.packed_of(module)
         assert (packed.format, packed.group_size, packed.double_quant) == ("nf4", 64, False)
         assert distance(bitsandbytes_layout.dequantize(packed, torch.float32), plain[name].weight.data) < 0.15
         plain[name].weight.data.copy_(bitsandbytes_layout.dequantize(packed, torch.float32))

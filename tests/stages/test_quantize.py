@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import AcceptError, ModelError
-from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear
 from llmcompress.formats.four_bit import FourBitLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
@@ -74,11 +74,11 @@ def test_nearest_is_stock_bitsandbytes(
     model = AutoModelForCausalLM.from_pretrained(base)
     for name, packed in ours.items():
         weight = model.get_submodule(name).weight.data
-        stock = bitsandbytes_layout.stock.quantize_4bit(
+        stock = bitsandbytes_layout.stock().quantize_4bit(
             weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
         )
         assert torch.equal(
-            bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock.dequantize_4bit(*stock)
+            bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock().dequantize_4bit(*stock)
         )
     if group_size == 64:  # the only group_size that transformers quantises with
         config: Any = BitsAndBytesConfig(
@@ -191,7 +191,7 @@ def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(base)
     result, live = apply_recipe(small_recipe(text, base, head="quantize"), model, loaded_tokenizer(base))
     assert (
-        isinstance(result.get_submodule("lm_head"), bitsandbytes_layout.Linear4bit)
+        isinstance(result.get_submodule("lm_head"), bitsandbytes_linear.Linear4bit)
         and live.linears == report.linears
     )
 

@@ -112,6 +112,8 @@ class LiveTeacher:
 def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
     """Load a teacher whole into memory. With `format`, the linears of its layers are held in it if the
     kernels take them."""
+    # imported here, because it imports bitsandbytes
+    from llmcompress.formats import bitsandbytes_linear
 
     def quantized(layer: nn.Module) -> None:
         for name, module in list(layer.named_modules()):
@@ -124,10 +126,10 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
                     module.weight.data.to(torch.bfloat16), "nf4", 64, double_quant=False
                 )
                 bias = None if module.bias is None else module.bias.data.to(torch.bfloat16)
-                layer.set_submodule(name, bitsandbytes_layout.linear(packed, bias, device=resident.device))
+                layer.set_submodule(name, bitsandbytes_linear.linear(packed, bias, device=resident.device))
 
     model = whole(resident, quantized)
-    if format and not any(isinstance(module, bitsandbytes_layout.Linear4bit) for module in model.modules()):
+    if format and not any(isinstance(module, bitsandbytes_linear.Linear4bit) for module in model.modules()):
         raise ModelError(
             "teacher_format: nf4 finds no linear of this teacher that it can hold; leave teacher_format"
         )
