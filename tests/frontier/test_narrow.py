@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmcompress.frontier.choice import Outer
-from llmcompress.frontier.costs import Cost, Priced
+from llmcompress.frontier.costs import Cost, Priced, header_bytes
 from llmcompress.frontier.narrow import Narrow, least, narrow
 from llmcompress.frontier.ways import KEEP, MIXED, NATIVE, Palette
 from llmcompress.frontier.widths import Part, Width, _narrower, counts
@@ -128,3 +128,13 @@ def test_a_way_that_a_narrow_linear_can_not_take_is_not_offered() -> None:
     assert "nf4" not in found.costs and "nf4, groups of 32" in found.costs
     assert found.costs["codebook of 4"].nats == pytest.approx(0.6)
     assert found.costs["kept"].nats == 0.0
+
+
+def test_linears_of_a_part_that_is_gone_take_their_entries_in_the_header_alone() -> None:
+    model = MetaModel(pico("llama").config, CPU, torch.float32)
+    linear = "model.layers.1.mlp.down_proj"
+    cost = Cost(nats=0.8, foretold=0.8, own_bytes=1000, native_bytes=1000)
+    unit = Priced(linears=(linear,), costs={way.name: cost for way in MIXED.ways})
+    found = _narrower(model, unit, 1, {"ffn": 0}, 0.0, MIXED.ways)
+    assert found.costs.keys() == {"kept"} and found.costs["kept"].nats == 0.0
+    assert found.costs["kept"].own_bytes == header_bytes(f"{linear}.weight", (model.hidden_size, 0))
