@@ -337,12 +337,7 @@ def sizes(subject: Subject) -> None:
         track=untracked,
     )
     zero, layers = narrowing.parts, len(model.layers)
-    some = [
-        part.model_copy(update={"widths": tuple(width for width in part.widths if width.count)})
-        if part.axis
-        else part
-        for part in zero
-    ]
+    some = [part.staying for part in zero]
     made = {factors: with_products(prices.units, subject.products, factors) for factors in FACTORS}
     for percent in PERCENT:
         budget = int(percent * model.checkpoint.size_bytes / 100)

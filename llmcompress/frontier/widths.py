@@ -63,6 +63,12 @@ class Part(JournalFacts):
         """The width that it has."""
         return self.widths[-1]
 
+    @property
+    def staying(self) -> Part:
+        """The same without the width of zero, with which nothing of it stays."""
+        stay = tuple(width for width in self.widths if width.count or width is self.whole)
+        return self.model_copy(update={"widths": stay})
+
 
 def axes_of(model: LayerwiseModel) -> tuple[str, ...]:
     """The axes along which the layers of a model may be cut. There are none if layers hand on more than their

@@ -72,6 +72,7 @@ def test_the_widths_are_the_best_there_are(seed: int, uniform: bool) -> None:
     assert found is not None and found.size_bytes <= budget
     nats, counts = min(every, key=lambda each: each[0])
     assert found.nats == pytest.approx(nats)
+    assert 0 <= found.cut_nats <= found.nats
     assert found.counts == ({} if counts == {"ffn": (6, 6)} else counts)
     assert len({each["ffn"] for _, each in every}) > 1, "there is a choice of widths"
 
@@ -96,7 +97,7 @@ def test_layers_of_different_widths_take_no_native_bytes() -> None:
 
 
 def test_heads_are_cut_before_neurons_and_equal_widths_are_one_number() -> None:
-    found = Narrow({"ffn": (64, 128), "kv": (1, 1)}, 0.0, 0)
+    found = Narrow({"ffn": (64, 128), "kv": (1, 1)}, 0.0, 0.0, 0)
     assert found.stages() == [
         {"prune": {"axis": "kv", "keep": 1}},
         {"prune": {"axis": "ffn", "keep": [64, 128]}},

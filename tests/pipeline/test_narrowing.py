@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llmcompress.frontier.ways import palettes, ways_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import untracked
+from llmcompress.pipeline.narrowing import Narrowing
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.search import Searched, prices_of
 from llmcompress.pipeline.search_cache import SearchCache
@@ -32,7 +34,8 @@ from tests.pipeline.test_search import Place
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL = "12%"  # less than any formats leave
-LEAST = "8%"  # so little that parts of layers go
+LITTLE = "9%"  # in which parts of layers go, or nearly all of their units
+LEAST = "8%"  # in which parts of layers go
 
 
 class WidePlace(Place):
@@ -65,11 +68,26 @@ def test_what_can_go_as_a_whole_goes_where_little_room_is_left(place: Place, tmp
     (found,) = place.search(LEAST).found
     assert any(0 in counts for counts in found.widths.values())
     lists = [stage.keep for stage in found.recipe.stages if isinstance(stage, Prune)]
-    assert [*map(tuple, lists)] == [*found.widths.values()]
+    assert lists == [*found.widths.values()]
     report = run_recipe(found.recipe, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     assert 0.98 * found.size_bytes <= file.stat().st_size <= found.size_bytes
     assert report.stages[0].name == "prune" and report.plug_in
+
+
+def test_parts_go_only_if_the_model_without_them_is_found_to_lose_less(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+
+    def told(narrowing: Narrowing, opened: Callable[[], DiskModel]) -> float:
+        seen.append(any(0 in opened().widths_of(axis) for axis in widths.AXES))
+        return 100.0 if seen[-1] else 0.1
+
+    monkeypatch.setattr(Narrowing, "_lost", told)
+    (found,) = place.search(LITTLE).found
+    assert seen == [True, False], "the best, and the best in which every part stays"
+    assert found.widths and not any(0 in counts for counts in found.widths.values())
 
 
 def test_formats_alone_say_that_widths_would_go_further(place: Place) -> None:
