@@ -1030,8 +1030,7 @@ SECTIONS = (
         "nats, and the median ratio of their losses. Then the least nats/token that are expected within a "
         "share of the bytes among formats, with products beside them, with widths, and with attentions and "
         "feed-forward parts left out; and what the model loses without each of these parts, with the nats/MB "
-        "from which it is better left out than in any format: `python -m evaluation other-choices`. Of "
-        "SmolLM2 four layers are priced, on fewer tokens.",
+        "from which it is better left out than in any format: `python -m evaluation other-choices`.",
         other_choices,
     ),
     Section(
