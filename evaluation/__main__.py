@@ -43,6 +43,9 @@ SCRIPTS = {
     "search": Script(
         "search", "2 h", "what search finds within a size, beside single methods and random choices"
     ),
+    "other-choices": Script(
+        "other_choices", "15 min", "whether products of low rank or missing sublayers are worth a search"
+    ),
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),

@@ -352,6 +352,48 @@ class SearchRow(Loss):
     commit: str
 
 
+class LowRankRow(Facts):
+    """Products of low rank in place of linears, each in the bytes of a format, with factors so stored: in how
+    many of the linears a product loses less than the format, in how many it is a corner of the hull of bytes
+    and nats, and the median of its nats over those of the format."""
+
+    model: str
+    factors: str
+    format: str
+    linears: int
+    better: int
+    on_hull: int
+    median_ratio: float
+    commit: str
+
+
+class SublayerRow(Facts):
+    """A model without one attention or feed-forward part, and what a byte has to be worth, in nats, so that
+    the part is better left out than in any format; None if it is not priced."""
+
+    model: str
+    layer: int
+    part: str
+    kl_nats_mean: float
+    slope: float | None
+    commit: str
+
+
+class OtherChoicesRow(Facts):
+    """The least nats that are expected within a size: among formats, with products of low rank beside them,
+    by how their factors are stored, with widths, and with parts left out, of which so many are then `gone`;
+    None where nothing is so small."""
+
+    model: str
+    size: str
+    formats: float | None
+    products: dict[str, float | None]
+    widths: float | None
+    sublayers: float | None
+    gone: int
+    commit: str
+
+
 class SharingRow(Loss):
     """A way to make a model smaller, with its share of the base's bytes."""
 

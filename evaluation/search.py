@@ -54,7 +54,7 @@ from llmcompress.recipe.recipe import Recipe
 NAME = "search"
 SIZES = ("25%", "35%", "50%", "75%")
 WIDTHS = "widths"
-WIDE_SIZES = ("15%", "20%", "25%", "35%")  # at which widths are searched too; more takes none
+WIDE_SIZES = ("15%", "17.5%", "20%", "25%", "35%")  # at which widths are searched too; more takes none
 FOUND, SINGLE, HEALED, RANDOM, DRAWN = "found", "single", "healed", "random", "drawn"
 RIVAL, BESIDE = "rival", "beside a rival"
 PRUNED = ("50%", "75%")  # sizes to which models are pruned; less is out of reach

@@ -42,6 +42,8 @@ from evaluation.results import (
     Held,
     ImportRow,
     LookupSpeed,
+    LowRankRow,
+    OtherChoicesRow,
     OutlierRow,
     PrunedSpeedRow,
     PruningRow,
@@ -54,6 +56,7 @@ from evaluation.results import (
     SeveralRow,
     SharingRow,
     Speed,
+    SublayerRow,
     ThroughputRow,
     VocabularyMemoryRow,
     load,
@@ -64,6 +67,7 @@ OURS = ("nf4-gptq-double", "nf4-learned-double", "nf4-learned")  # what stands b
 WIDTH = 110  # of a paragraph
 WIDEST = 10  # columns of a table of speeds
 UNTRAINED = "KL in nats/token by share of the parameters that stay, untrained -> after a short distillation"
+PARTS = ("attention", "ffn")  # of a layer
 SHARES = ("90 %", "75 %", "60 %", "50 %")  # of the parameters, in sharing-*.json
 
 
@@ -485,6 +489,63 @@ def search(results: Results) -> str:
         if rivals:
             parts.append(table(["AutoRound", "MB", "KL", "found, MB", "its KL"], rivals))
     return joined(parts)
+
+
+def other_choices(results: Results) -> str:
+    """What a search would make of products of low rank and of missing sublayers."""
+    products = results.load("other_choices-low_rank", Rows[LowRankRow])
+    sizes = results.load("other_choices-sizes", Rows[OtherChoicesRow])
+    parts = results.load("other_choices-sublayers", Rows[SublayerRow])
+    if products is None or sizes is None or parts is None:
+        return ""
+    found = [where(products.hardware, products.commit) + "\n"]
+    for model in dict.fromkeys(row.model for row in products.rows):
+        rows = [row for row in products.rows if row.model == model]
+        found += [heading(model, f"{rows[0].linears} linears."), as_products(rows)]
+        if chosen := [row for row in sizes.rows if row.model == model]:
+            found.append(within(chosen))
+        found.append(left_out([row for row in parts.rows if row.model == model]))
+    return joined(found)
+
+
+def as_products(rows: Sequence[LowRankRow]) -> str:
+    """In how many linears of a model a product loses less than a format of the same bytes."""
+    header, by_format = ["in the bytes of"], dict[str, list[str]]()
+    for name in dict.fromkeys(row.factors for row in rows):
+        header += [f"{name}: lose less", "on the hull", "median ratio"]
+    for row in rows:
+        cells = [str(row.better), str(row.on_hull), f"{row.median_ratio:.3g}"]
+        by_format.setdefault(row.format, [row.format]).extend(cells)
+    return table(header, [*by_format.values()])
+
+
+def within(rows: Sequence[OtherChoicesRow]) -> str:
+    """The least nats that are expected within each size of a model."""
+    header = ["size", "formats", *(f"and {name} products" for name in rows[0].products)]
+    header += ["and widths", "and parts left out", "parts"]
+    lines = []
+    for row in rows:
+        nats = [row.formats, *row.products.values(), row.widths, row.sublayers]
+        lines.append([row.size, *map(few, nats), str(row.gone)])
+    return table(header, lines)
+
+
+def left_out(rows: Sequence[SublayerRow]) -> str:
+    """What a model loses without each part, and the slope from which that is better, in nats/MB."""
+    by_part = {(row.layer, row.part): row for row in rows}
+    lines = []
+    for layer in sorted({row.layer for row in rows}):
+        here = [by_part.get((layer, part)) for part in PARTS]
+        losses = [few(row.kl_nats_mean if row else None) for row in here]
+        slopes = [few(1e6 * row.slope if row and row.slope else None) for row in here]
+        lines.append([str(layer), *losses, *slopes])
+    header = ["layer", *(f"KL without its {part}" for part in PARTS), *(f"slope, {part}" for part in PARTS)]
+    return table(header, lines)
+
+
+def few(value: float | None) -> str:
+    """A number in three digits, if there is one."""
+    return "" if value is None else f"{value:.3g}"
 
 
 def beside(row: SearchRow | None) -> list[str]:
@@ -980,6 +1041,17 @@ SECTIONS = (
         "the formats of the search at random; then what it finds with widths among the choices: "
         "`python -m evaluation search`.",
         search,
+    ),
+    Section(
+        "Other choices of a search",
+        "Linears as products of low rank in the bytes of a format of `search`, with factors in bfloat16, as "
+        "`low_rank` stores them, and in int8 and nf4, which nothing stores: in how many linears a product is "
+        "expected to lose less than the format, in how many it is a corner of the convex hull of bytes and "
+        "nats, and the median ratio of their losses. Then the least nats/token that are expected within a "
+        "share of the bytes among formats, with products beside them, with widths, and with attentions and "
+        "feed-forward parts left out; and what the model loses without each of these parts, with the nats/MB "
+        "from which it is better left out than in any format: `python -m evaluation other-choices`.",
+        other_choices,
     ),
     Section(
         "Distillation after pruning",

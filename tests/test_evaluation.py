@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from evaluation import pictures, results, tables
+from evaluation import other_choices, pictures, results, tables
 from evaluation.__main__ import SCRIPTS, main
 from evaluation.results import ROOT, Head, Loss, OutlierRow, SharingRow, modern
+from llmcompress.frontier.costs import Cost, Priced
 
 RECIPE = "# GPTQ on NF4.\ndata: {source: python-docs}\nstages:\n  - quantize: {format: nf4}\n"
 
@@ -83,6 +84,29 @@ def test_what_runs_in_a_rivals_environment_imports_nothing_of_ours_but_the_job()
         names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         ours = {name for name in names if name.split(".")[0] in ("llmcompress", "evaluation", "pydantic")}
         assert ours <= {"evaluation.rivals.job"}, file.name
+
+
+# --- choices that a search does not have
+
+
+def test_the_corners_of_the_hull_are_those_that_some_slope_takes() -> None:
+    points = [(10, 8.0), (12, 9.0), (20, 5.0), (30, 1.0), (40, 0.9), (50, 0.0), (60, 0.5)]
+    slopes = [slope / 1000 for slope in range(1, 1000)]
+    best = {min(points, key=lambda point: point[1] + slope * point[0]) for slope in slopes}
+    assert other_choices.corners(points) == best == {(10, 8.0), (30, 1.0), (50, 0.0)}
+
+
+def test_the_slope_from_which_linears_are_left_out_makes_both_cost_the_same() -> None:
+    """At 0.02 nats/byte the first takes 10 bytes, the second 100: 0.5 + 0.2 + 0 + 2."""
+    cheap, dear = (
+        {
+            name: Cost(nats=nats, foretold=nats, own_bytes=size, native_bytes=size)
+            for name, (nats, size) in ways.items()
+        }
+        for ways in ({"kept": (0.0, 100), "codes": (0.5, 10)}, {"kept": (0.0, 100), "codes": (2.0, 10)})
+    )
+    units = [Priced(linears=(name,), costs=costs) for name, costs in (("a", cheap), ("b", dear))]
+    assert other_choices.slope_from(2.7, units) == pytest.approx(0.02)
 
 
 # --- tables

@@ -26,10 +26,12 @@ Counts = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
 
 @dataclass(frozen=True)
 class Narrow:
-    """Units that each layer keeps of the axes that are cut, and what is expected of the model."""
+    """Units that each layer keeps of the axes that are cut, and what is expected of the model: nats/token, of
+    which the cuts cost `cut_nats`, and bytes."""
 
     counts: Counts
     nats: float
+    cut_nats: float
     size_bytes: int
 
     def stages(self) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ def narrow(
     if not found:
         return None
     nats, size, widths = min(found, key=lambda each: each[:2])
-    return Narrow(_counts(parts, widths, layers), nats, size)
+    return Narrow(_counts(parts, widths, layers), nats, sum(width.nats for width in widths), size)
 
 
 def least(

@@ -2,9 +2,10 @@
 
 A layer alone is cut along an axis, as `prune` with `obs` cuts it: units go one after another, each time the
 one with the least loss, and the linear that reads the axis is solved again for what is left. The states run
-on through the full model, and the KL of its predictions is the cost. A linear that keeps a share of its units
-is expected to keep the square root of that share of each format's nats, as those that stay are the ones that
-matter, until the narrower model is priced itself.
+on through the full model, and the KL of its predictions is the cost. An attention or a feed-forward part that
+can be taken out has a width of zero too. A linear that keeps a share of its units is expected to keep the
+square root of that share of each format's nats, as those that stay are the ones that matter, until the
+narrower model is priced itself.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llmcompress.stages.base import Context
 from llmcompress.stages.fisher import find_fisher, metric
 from llmcompress.stages.prune.stage import cuttable, layers_along, of_experts
 from llmcompress.stages.prune.structured import Reading, solved_without
+from llmcompress.stages.prune.sublayer_dropping import candidates
 
 CUTS = "cuts"  # entry of the journal
 AXES = ("kv", "ffn")  # in the order in which a recipe cuts them
@@ -60,6 +62,12 @@ class Part(JournalFacts):
     def whole(self) -> Width:
         """The width that it has."""
         return self.widths[-1]
+
+    @property
+    def staying(self) -> Part:
+        """The same without the width of zero, with which nothing of it stays."""
+        stay = tuple(width for width in self.widths if width.count or width is self.whole)
+        return self.model_copy(update={"widths": stay})
 
 
 def axes_of(model: LayerwiseModel) -> tuple[str, ...]:
@@ -105,12 +113,25 @@ def measured(
 
 
 def _can_be_built(model: LayerwiseModel, axis: str, count: int) -> bool:
-    """Whether transformers builds the model with so many units of an axis in each layer."""
+    """Whether transformers builds the model with so many units of an axis in each layer; with none in those
+    that can do without them."""
+    kept = [
+        size if count == 0 and (index, axis) not in _removable(model) else min(count, size)
+        for index, size in enumerate(model.widths_of(axis))
+    ]
     try:
-        resized(model.config, model.anatomy, {axis: [min(count, size) for size in model.widths_of(axis)]})
+        resized(model.config, model.anatomy, {axis: kept})
     except ModelError:
         return False
     return True
+
+
+def _removable(model: LayerwiseModel) -> Sequence[tuple[int, str]]:
+    """The parts that can be taken out, as a layer and an axis."""
+    try:
+        return candidates(model)
+    except ModelError:
+        return ()
 
 
 def _lost(
@@ -119,7 +140,7 @@ def _lost(
     """KL in nats/token of each number of units, by layer and axis; `along` are the layers that have an
     axis."""
     find_fisher(model, context)
-    journal, layers = context.journal, len(model.layers)
+    journal, layers, removable = context.journal, len(model.layers), _removable(model)
     sequences = first_sequences(context.data.calibration, max(TOKENS, 8 * model.hidden_size))
     streams: dict[tuple[int, str, int], list[Tensor]] = {}
     for layer in context.track(
@@ -131,8 +152,11 @@ def _lost(
         streams = {key: layer.outputs(states) for key, states in streams.items()}
         if not journal.has(CUTS, layer.index):
             M_DD = metric(model, context, layer.index)
-            ours = [axis for axis, of in along.items() if layer.index in of and layer.sizes[axis] > 1]
+            ours = [axis for axis, of in along.items() if layer.index in of]
             tensors = {f"{axis} {count}": out for axis in ours for count, out in _cut(layer, axis, M_DD)}
+            tensors |= {
+                f"{axis} 0": _without(layer, axis) for axis in ours if (layer.index, axis) in removable
+            }
             journal.save(CUTS, layer.index, tensors)
         for name, states in journal.load(CUTS, layer.index).items():
             axis, _, stays = name.partition(" ")
@@ -148,7 +172,9 @@ def _lost(
 def _cut(layer: DecoderLayer, axis: str, M_DD: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Yield each number of units with the states that leave the layer if so many stay. The layer is left
     unchanged."""
-    read, tried = Reading.of(layer, axis), counts(layer.sizes[axis])
+    if not (tried := counts(layer.sizes[axis])):
+        return
+    read = Reading.of(layer, axis)
     removal = read.removal(read.W_RC, M_DD, tried[0])
     sample, reader = layer.limit.units(layer.inputs)[:SAMPLE], read.linear
     for count in tried:
@@ -161,6 +187,14 @@ def _cut(layer: DecoderLayer, axis: str, M_DD: Tensor | None) -> Iterator[tuple[
             given[bias] = layer.module.get_parameter(bias).data
             given[bias] = given[bias] + bias_shift(read.W_RC, read.moments.full_C, left_RP, mean_C[columns])
         yield count, torch.cat(layer.outputs_with(sample, given, torch.device("cpu")))
+
+
+@torch.no_grad()
+def _without(layer: DecoderLayer, axis: str) -> Tensor:
+    """The states that leave the layer without the part that has an axis."""
+    sample, weight = layer.limit.units(layer.inputs)[:SAMPLE], f"{layer.anatomy.consumer_of(axis)}.weight"
+    given = {weight: torch.zeros_like(layer.module.get_parameter(weight))}
+    return torch.cat(layer.outputs_with(sample, given, torch.device("cpu")))
 
 
 def _part(
@@ -215,7 +249,8 @@ def _narrower(
         for name, shape in shapes.items()
     )
     costs = {KEEP.name: Cost(nats=0.0, foretold=0.0, own_bytes=plain, native_bytes=plain)}
-    for way in ways:
+    there = all(all(shape) for shape in shapes.values())
+    for way in ways if there else ():
         coding, whole = way.coding(model.weight_dtype), unit.costs.get(way.name)
         if coding is None or whole is None or any(coding.refusal(shape) for shape in shapes.values()):
             continue

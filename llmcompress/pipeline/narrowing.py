@@ -4,7 +4,7 @@ are then priced and chosen again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -107,22 +107,42 @@ class Narrowing:
         `alone`, the best without widths. They are not measured where that loses little."""
         if alone is not None and alone.nats < LOSSY:
             return None
-        layers = len(self.opened().layers)
-        found = narrow(self.parts, self.palettes, self.prices.outers, budget, layers, uniform=self.uniform)
+        found = self._chosen(self.parts, budget)
         if found is None or not found.counts:
             return None
         if alone is not None and found.nats > (1 - LEAST_GAIN) * alone.nats:
             return None
-        with self._cut(found) as opened:
-            few = first_sequences(self.text.calibration, TOKENS_AT_ONCE)
-            narrower = opened()
-            nats = lost(self.opened(), narrower, few, self.text.unscored)
+        with ExitStack() as stack:
+            cut = [
+                (each, opened, self._lost(opened))
+                for each in (found, *self._staying(found, budget))
+                for opened in [stack.enter_context(self._cut(each))]
+            ]
+            found, opened, nats = min(cut, key=lambda each: each[0].nats - each[0].cut_nats + each[2])
             prices = self.price(opened, self._as_wide(found))
-            palettes = self.palettes if narrower.plain else (MIXED,)
+            palettes = self.palettes if opened().plain else (MIXED,)
         choice = best(prices.units, palettes, prices.outers, budget)
         if choice is None or (alone is not None and nats + choice.nats >= alone.nats):
             return None
         return Narrowed(found.stages(), found.counts, nats, prices.units, choice)
+
+    def _chosen(self, parts: Sequence[Part], budget: int) -> Narrow | None:
+        """The narrower model that is expected to lose least within a budget."""
+        layers = len(self.opened().layers)
+        return narrow(parts, self.palettes, self.prices.outers, budget, layers, uniform=self.uniform)
+
+    def _staying(self, found: Narrow, budget: int) -> list[Narrow]:
+        """The best model in which no part goes as a whole, if some do in `found`: several that are gone lose
+        far more together than each alone, so both models are cut and measured."""
+        if not any(0 in counts for counts in found.counts.values()):
+            return []
+        other = self._chosen([part.staying for part in self.parts], budget)
+        return [] if other is None or other.counts == found.counts else [other]
+
+    def _lost(self, opened: Callable[[], DiskModel]) -> float:
+        """KL in nats/token of a model from the base, on the tokens on which widths are measured."""
+        few = first_sequences(self.text.calibration, TOKENS_AT_ONCE)
+        return lost(self.opened(), opened(), few, self.text.unscored)
 
     def _as_wide(self, found: Narrow) -> list[Priced]:
         """The linears that stay as wide as they are."""

@@ -60,7 +60,12 @@ class FoundFacts(_Facts):
 
 def width_words(widths: Mapping[str, Sequence[int]]) -> list[str]:
     """How many units the layers keep, a line for each axis that is cut."""
-    return [f"units of {axis} in a layer: {min(kept)} to {max(kept)}" for axis, kept in widths.items()]
+    found = []
+    for axis, kept in widths.items():
+        some = [count for count in kept if count] or [0]
+        without = f", none in {kept.count(0)} of {len(kept)}" if 0 in kept else ""
+        found.append(f"units of {axis} in a layer: {min(some)} to {max(some)}{without}")
+    return found
 
 
 class UniformFacts(_Facts):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmcompress.frontier.choice import Outer
-from llmcompress.frontier.costs import Cost, Priced
+from llmcompress.frontier.costs import Cost, Priced, header_bytes
 from llmcompress.frontier.narrow import Narrow, least, narrow
 from llmcompress.frontier.ways import KEEP, MIXED, NATIVE, Palette
 from llmcompress.frontier.widths import Part, Width, _narrower, counts
@@ -72,6 +72,7 @@ def test_the_widths_are_the_best_there_are(seed: int, uniform: bool) -> None:
     assert found is not None and found.size_bytes <= budget
     nats, counts = min(every, key=lambda each: each[0])
     assert found.nats == pytest.approx(nats)
+    assert 0 <= found.cut_nats <= found.nats
     assert found.counts == ({} if counts == {"ffn": (6, 6)} else counts)
     assert len({each["ffn"] for _, each in every}) > 1, "there is a choice of widths"
 
@@ -96,7 +97,7 @@ def test_layers_of_different_widths_take_no_native_bytes() -> None:
 
 
 def test_heads_are_cut_before_neurons_and_equal_widths_are_one_number() -> None:
-    found = Narrow({"ffn": (64, 128), "kv": (1, 1)}, 0.0, 0)
+    found = Narrow({"ffn": (64, 128), "kv": (1, 1)}, 0.0, 0.0, 0)
     assert found.stages() == [
         {"prune": {"axis": "kv", "keep": 1}},
         {"prune": {"axis": "ffn", "keep": [64, 128]}},
@@ -128,3 +129,13 @@ def test_a_way_that_a_narrow_linear_can_not_take_is_not_offered() -> None:
     assert "nf4" not in found.costs and "nf4, groups of 32" in found.costs
     assert found.costs["codebook of 4"].nats == pytest.approx(0.6)
     assert found.costs["kept"].nats == 0.0
+
+
+def test_linears_of_a_part_that_is_gone_take_their_entries_in_the_header_alone() -> None:
+    model = MetaModel(pico("llama").config, CPU, torch.float32)
+    linear = "model.layers.1.mlp.down_proj"
+    cost = Cost(nats=0.8, foretold=0.8, own_bytes=1000, native_bytes=1000)
+    unit = Priced(linears=(linear,), costs={way.name: cost for way in MIXED.ways})
+    found = _narrower(model, unit, 1, {"ffn": 0}, 0.0, MIXED.ways)
+    assert found.costs.keys() == {"kept"} and found.costs["kept"].nats == 0.0
+    assert found.costs["kept"].own_bytes == header_bytes(f"{linear}.weight", (model.hidden_size, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from llmcompress.frontier.ways import palettes, ways_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import untracked
+from llmcompress.pipeline.narrowing import Narrowing
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.search import Searched, prices_of
+from llmcompress.pipeline.search_cache import SearchCache
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.budget.stage import CHOICES, Budget
 from llmcompress.stages.prune.stage import Prune
+from llmcompress.stages.prune.sublayer_dropping import candidates
 from tests.artefacts import CPU
 from tests.models import pico, tiny
 from tests.pipeline.test_search import Place
@@ -30,6 +34,8 @@ from tests.pipeline.test_search import Place
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL = "12%"  # less than any formats leave
+LITTLE = "9%"  # in which parts of layers go, or nearly all of their units
+LEAST = "8%"  # in which parts of layers go
 
 
 class WidePlace(Place):
@@ -56,6 +62,32 @@ def test_less_than_formats_leave_takes_widths(place: Place, tmp_path: Path) -> N
     assert pruned and found.recipe.stages[-1].name == "quantize"
     assert report.stages[0].name == "prune"
     assert {axis for stage in pruned for axis in stage.axes} == found.widths.keys()
+
+
+def test_what_can_go_as_a_whole_goes_where_little_room_is_left(place: Place, tmp_path: Path) -> None:
+    (found,) = place.search(LEAST).found
+    assert any(0 in counts for counts in found.widths.values())
+    lists = [stage.keep for stage in found.recipe.stages if isinstance(stage, Prune)]
+    assert lists == [*found.widths.values()]
+    report = run_recipe(found.recipe, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    assert 0.98 * found.size_bytes <= file.stat().st_size <= found.size_bytes
+    assert report.stages[0].name == "prune" and report.plug_in
+
+
+def test_parts_go_only_if_the_model_without_them_is_found_to_lose_less(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+
+    def told(narrowing: Narrowing, opened: Callable[[], DiskModel]) -> float:
+        seen.append(any(0 in opened().widths_of(axis) for axis in widths.AXES))
+        return 100.0 if seen[-1] else 0.1
+
+    monkeypatch.setattr(Narrowing, "_lost", told)
+    (found,) = place.search(LITTLE).found
+    assert seen == [True, False], "the best, and the best in which every part stays"
+    assert found.widths and not any(0 in counts for counts in found.widths.values())
 
 
 def test_formats_alone_say_that_widths_would_go_further(place: Place) -> None:
@@ -147,6 +179,34 @@ def test_widths_that_transformers_does_not_build_are_not_offered() -> None:
         model = MetaModel(config, CPU, torch.float32)
         assert widths._can_be_built(model, "kv", 2)
         assert widths._can_be_built(model, "kv", 3) is not biased
+
+
+def test_a_width_of_zero_costs_what_the_model_without_the_part_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    tiny("llama").save_pretrained(tmp_path / "base")
+    opened = partial(DiskModel, tmp_path / "base", CPU)
+    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
+    data, ways = CalibrationData(text, text, DataSpec(), "text"), ways_of(palettes("llmcompress"))
+    model = opened()
+    with SearchCache.of(model, data, 0, ways).context(model, data, 0, untracked) as context:
+        found = widths.measured(model, context, [], ways)
+    none = {(part.layer, part.axis): part.widths[0].nats for part in found if part.widths[0].count == 0}
+    assert [*none] == sorted(candidates(model), key=lambda part: (widths.AXES.index(part[1]), part[0]))
+    for (index, axis), nats in none.items():
+        less = tiny("llama")
+        reader = model.anatomy.consumer_of(str(axis))
+        less.get_parameter(f"model.layers.{index}.{reader}.weight").data.zero_()
+        expected, seen = (each(text).logits.detach().log_softmax(-1) for each in (tiny("llama"), less))
+        assert nats == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-3)
+
+
+def test_the_first_attention_and_feed_forward_part_stay() -> None:
+    model = MetaModel(tiny("llama").config, CPU, torch.float32)
+    assert {0, *range(len(model.layers))} - {index for index, _ in widths._removable(model)} == {0}
+    assert widths._can_be_built(model, "ffn", 0) and widths._can_be_built(model, "kv", 0)
+    assert not widths._removable(MetaModel(tiny("gpt2").config, CPU, torch.float32))
 
 
 def test_a_recipe_chooses_among_formats_at_least() -> None:

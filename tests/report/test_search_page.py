@@ -12,7 +12,7 @@ import pytest
 from llmcompress.errors import CompressError
 from llmcompress.report import charts
 from llmcompress.report.page import search_page
-from llmcompress.report.search_facts import SearchFacts
+from llmcompress.report.search_facts import SearchFacts, width_words
 from tests.browser import Browser, browser, chromium
 from tests.report.test_page import HOSTILE, ODD, SPELLED, Elements
 
@@ -212,3 +212,10 @@ def test_a_browser_shows_a_page_without_complaint_on_a_phone_and_in_the_dark(
             assert chrome.value(f"{cells}.length") == 6 * len(KINDS), "of 48 layers the rows are too low"
     assert len(papers) == 2
     assert chrome.complaints == []
+
+
+def test_widths_are_told_apart_from_parts_that_are_gone() -> None:
+    assert width_words({"kv": (1, 2, 2), "ffn": (128, 0, 64)}) == [
+        "units of kv in a layer: 1 to 2",
+        "units of ffn in a layer: 64 to 128, none in 1 of 3",
+    ]

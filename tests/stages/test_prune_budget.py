@@ -131,7 +131,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_least_there_is(stage: dict[st
         ("{axis: [ffn, kv], keep: [64, 64]}", "a list of keep is for one of ffn, kv, q, not for kv and ffn"),
         ("{axis: ffn, keep: [64, 64], multiple: 8}", "says the width of every layer; leave allocation"),
         ("{axis: ffn, keep: []}", "prune.keep"),
-        ("{axis: ffn, keep: [64, 0]}", "prune.keep"),
+        ("{axis: ffn, keep: [64, -1]}", "prune.keep"),
         ("{axis: layer, keep: 0.5, allocation: sensitivity}", "allocation is for ffn, kv, q, not for layer"),
         ("{axis: expert, keep: 2, repair: true}", "repair is for ffn, hidden, kv, q, not for expert"),
         ("{axis: expert, keep: 2, score: obs}", "score obs is not for axis expert; use activation"),
@@ -149,6 +149,7 @@ def test_a_wrong_budget_is_told_in_one_line(stage: str, why: str) -> None:
     [
         ([32, 32, 32], "keep lists 3 layers, and this model has 2"),
         ([32, 80], 'keep 80 of axis "ffn" in layer 1, which has 64'),
+        ([0, 32], 'keep 0 of axis "ffn" in layer 0, where it must stay; keep at least 1'),
     ],
 )
 def test_a_list_of_widths_of_another_model_is_refused(keep: list[int], why: str) -> None:

@@ -35,6 +35,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
+FIELDS = {"kv": "num_key_value_heads", "ffn": "intermediate_size"}
+
+
 def gone(report: Report) -> list[tuple[int, str]]:
     return [(index, axis) for index, axis in report.stages[0].model_dump()["gone"]]
 
@@ -96,6 +99,45 @@ def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path:
     kept = generated(load(tmp_path / "out"), return_dict_in_generate=True).past_key_values
     lengths = [layer.get_seq_length() for layer in kept.layers]
     assert lengths[:2] == [14, 14] and lengths[2] == 0, "the cache of a layer without attention stays empty"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_list_with_none_of_an_axis_takes_its_part_out(family: str, text: Path, tmp_path: Path) -> None:
+    """The others stay as wide as they are, so without repair nothing else changes."""
+    save_base(tmp_path / "base", family, **deeper(family, 3))
+    model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
+    widths = {axis: getattr(model.config, field) for axis, field in FIELDS.items()}
+    lists = {axis: [units, units, 0] for axis, units in widths.items()}
+    report = run_recipe(
+        staged_recipe(
+            text,
+            tmp_path / "base",
+            *({"prune": {"axis": axis, "keep": keep, "repair": False}} for axis, keep in lists.items()),
+        ),
+        tmp_path / "out",
+    )
+    assert [stage.model_dump()["widths"] for stage in report.stages] == [
+        {axis: keep} for axis, keep in lists.items()
+    ]
+    for linear in ("self_attn.o_proj", "mlp.down_proj"):
+        silence(model, 2, linear)
+    found = load(tmp_path / "out")
+    assert distance(live(found), live(model)) < 1e-6
+    assert torch.equal(generated(found), generated(found, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("llama", {"axis": "kv", "keep": [0, 1]}, 'keep 0 of axis "kv" in layer 0, where it must stay'),
+        ("llama", {"axis": "q", "keep": [1, 0]}, 'keep 0 of axis "q" in layer 1, where it must stay'),
+        ("gpt2", {"axis": "ffn", "keep": [64, 0]}, "no attention or ffn of this gpt2 model can be taken out"),
+    ],
+    ids=str,
+)
+def test_a_part_that_must_stay_keeps_a_unit(family: str, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelError, match=why):
+        Prune(**settings).changes(MetaModel(pico(family).config, CPU, torch.float32))
 
 
 def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:

@@ -29,13 +29,14 @@ class PruningBudget(Settings):
         Annotated[float, Field(gt=0, le=1)]
         | Annotated[int, Field(ge=1, le=MOST_COUNTED)]
         | Annotated[
-            tuple[Annotated[int, Field(ge=1, le=MOST_COUNTED)], ...], Field(min_length=1, strict=False)
+            tuple[Annotated[int, Field(ge=0, le=MOST_COUNTED)], ...], Field(min_length=1, strict=False)
         ]
         | None
     ) = Field(
         default=None,
         description="units that stay in each layer, or layers that stay: a share or a number; of `ffn`, `kv` "
-        "or `q` also a list with a number for each layer",
+        "or `q` also a list with a number for each layer; 0 of `kv` takes its attention out, 0 of `ffn` its "
+        "feed-forward part",
     )
     parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = (
         Field(

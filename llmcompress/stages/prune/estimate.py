@@ -66,7 +66,8 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
     time = Time()
     for axis, read in readers.items():
         R, C = read.shape
-        gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis])]
+        # no unit is chosen where all of them go
+        gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis]) if count]
         # of the inputs here and of the full model, then on the way out
         time += work.passes(3, half=work.half) + work.factors(3 * read.count, C)
         time += work.moments(2, *[C] * read.passes, half=work.half)

@@ -102,12 +102,9 @@ class LayerCutter:
         self, layer: DecoderLayer, counts: Mapping[str, int]
     ) -> tuple[dict[str, Tensor], LayerCuts]:
         """Cut a layer along each axis in turn. Returns the changed tensors by full name, and the facts."""
-        if self.stage.of_parts:
-            tensors = sublayer_dropping.cut(layer, counts)
-            return self.model.as_stored(tensors, f"{layer.name}."), LayerCuts(cuts=())
-        named: dict[str, Tensor] = {}
+        named = self.model.as_stored(sublayer_dropping.cut(layer, counts), f"{layer.name}.")
         cuts = list[CutLayer]()
-        for axis in (axis for axis in self.stage.axes if counts[axis]):  # a layer may have none
+        for axis in (axis for axis in self.stage.axes if counts.get(axis)):  # of some nothing is left
             if axis == "expert":
                 tensors, lost = experts.cut(layer, counts[axis])
             else:

@@ -329,7 +329,8 @@ class Prune(PruningBudget, Stage):
         """The settings of the stage and what it left, for the report."""
         details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.ranking}
         if len(self.axes) == 1 and not by_layer and not self.of_parts:
-            units, kept = ({*each[self.axes[0]]} - {0} for each in (sizes, cut.widths))
+            there = [index for index, size in enumerate(sizes[self.axes[0]]) if size]
+            units, kept = ({each[self.axes[0]][index] for index in there} for each in (sizes, cut.widths))
             if len(units) == len(kept) == 1:
                 return details | {"units": units.pop(), "kept_units": kept.pop()}
         return details | {
@@ -351,6 +352,14 @@ class Prune(PruningBudget, Stage):
         found = {
             axis: self.uniform(model, axis, sizes[axis], self.multiple_of(model, axis)) for axis in self.axes
         }
+        gone = [
+            (index, axis)
+            for axis, counts in found.items()
+            for index, count in enumerate(counts)
+            if sizes[axis][index] and not count
+        ]
+        if gone:
+            sublayer_dropping.require_removable(model, gone)
         if "expert" in found:
             experts.require_enough(model, min(filter(None, found["expert"])))
         return found

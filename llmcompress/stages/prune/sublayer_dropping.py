@@ -78,6 +78,14 @@ def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
     }
 
 
+def require_removable(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> None:
+    """Refuse to take out parts that must stay. Errors: ModelError."""
+    every = candidates(model)
+    if kept := [part for part in gone if part not in every]:
+        index, axis = kept[0]
+        raise ModelError(f'keep 0 of axis "{axis}" in layer {index}, where it must stay; keep at least 1')
+
+
 def enough(model: LayerwiseModel, budget: PruningBudget, gone: Sequence[tuple[int, str]]) -> bool:
     """Whether as many parts are gone as the stage asks for. Errors: ModelError if more would have to go than
     can."""
@@ -132,7 +140,7 @@ def cut(layer: DecoderLayer, counts: Mapping[str, int]) -> dict[str, Tensor]:
         name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, [])
         for axis, count in counts.items()
         for name, row in layer.anatomy.layer.items()
-        if not count and layer.sizes[axis] and axis in Spelling.parse(row).axes
+        if not count and layer.sizes.get(axis) and axis in Spelling.parse(row).axes
     }
 
 
