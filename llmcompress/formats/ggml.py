@@ -13,7 +13,6 @@ Source: llama.cpp's block_q4_0 and block_iq4_nl, as in the `gguf` package (gguf.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +29,7 @@ from llmcompress.kernels import packed_gemm
 
 GROUP_SIZE = 32
 SCALE = "weight_group_scale"
+LEVELS = {format: torch.tensor(levels, dtype=torch.float32) for format, levels in GGML.items()}
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,9 @@ def read(tensors: Mapping[str, Tensor], layout: GgmlLayout, rows: int, columns: 
     return GgmlWeight(unpack(tensors["weight"][0], columns, 4), tensors[SCALE], layout)
 
 
-@functools.cache
-def _levels(format: str) -> Tensor:
-    """The levels of a format, float32 [16], indexed by code; do not write to it."""
-    return torch.tensor(GGML[format], dtype=torch.float32)
-
-
 def _weight(packed_RB: Tensor, scale_RG: Tensor, layout: GgmlLayout, dtype: torch.dtype) -> Tensor:
     """The weight [R, C] of packed codes and scales. The two integers of a byte are looked up at once."""
-    values = _levels(layout.format).to(packed_RB.device)
+    values = LEVELS[layout.format].to(packed_RB.device)
     byte = torch.arange(256, device=packed_RB.device)
     pairs = torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64)[:, 0]
     found = pairs.index_select(0, packed_RB.flatten().int()).view(torch.float32)
@@ -156,7 +150,7 @@ class GgmlLinear(StoredLinear):
         """The stored tensors as the kernel takes them."""
         return packed_gemm.Table(
             self.weight.detach(),
-            _levels(self.scheme.format),
+            LEVELS[self.scheme.format],
             self.weight_group_scale.detach(),
             self.out_features,
             self.in_features,
