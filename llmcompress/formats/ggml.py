@@ -134,14 +134,15 @@ class GgmlLinear(StoredLinear):
 
     scheme: GgmlLayout
     weight_group_scale: Tensor
+    table: packed_gemm.Table | None = None  # the stored tensors as the kernel takes them
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         stored = self.weight, self.weight_group_scale
-        if all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and packed_gemm.usable(
-            input, self.bias, few=None
-        ):
-            return self._table().linear(input, self.bias)
+        if self.weight.is_cpu and packed_gemm.usable(input, self.bias, few=None):
+            if self.table is None or not self.table.holds(*stored):
+                self.table = self._table()
+            return self.table.linear(input, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         W_RC = _weight(self.weight[0], self.weight_group_scale, self.scheme, input.dtype)
         return nn.functional.linear(input, W_RC, bias)
@@ -149,9 +150,9 @@ class GgmlLinear(StoredLinear):
     def _table(self) -> packed_gemm.Table:
         """The stored tensors as the kernel takes them."""
         return packed_gemm.Table(
-            self.weight.detach(),
+            self.weight.detach().contiguous(),
             LEVELS[self.scheme.format],
-            self.weight_group_scale.detach(),
+            self.weight_group_scale.detach().contiguous(),
             self.out_features,
             self.in_features,
             GROUP_SIZE,

@@ -47,6 +47,7 @@ class IntegerLinear(StoredLinear):
     weight_multiplier: Tensor
     input_scale: Tensor
     expanded: Tensor | None
+    table: packed_gemm.Table | None = None  # 4-bit weights as our kernel takes them with unrounded inputs
     beside = "expanded"
 
     @torch.no_grad()
@@ -92,13 +93,13 @@ class IntegerLinear(StoredLinear):
         return (
             packed_gemm.usable(input, self.bias, few)
             and (whole or packed_gemm.takes_groups(self.scheme.group_size or 0, self.in_features))
-            and all(parameter.is_cpu and parameter.is_contiguous() for parameter in self.parameters())
+            and all(one is None or (one.is_cpu and one.is_contiguous()) for one in self._parameters.values())
         )
 
     def _packed(self, input: Tensor) -> Tensor:
         """The product of few tokens by our kernel."""
-        x_TC, size, scale_R = packed_gemm.tokens(input), self.scheme.group_size, self.weight_scale.detach()
-        step = self.input_scale.detach() if self.scheme.activations == "static" else None
+        x_TC, size, scale_R = packed_gemm.tokens(input), self.scheme.group_size, self.weight_scale
+        step = self.input_scale if self.scheme.activations == "static" else None
         bits, rounded = self.scheme.activation_bits, self.scheme.activations != "none"
         if size is None and rounded:
             rounding: packed_gemm.Rounding = "dynamic" if step is None else "static"
@@ -112,10 +113,16 @@ class IntegerLinear(StoredLinear):
                 x_TC, self.weight, self.weight_multiplier, scale_R, size, self.bias, bits=bits, step=step
             )
         else:
-            sizes = self.out_features, self.in_features, size
-            table = packed_gemm.Table(self.weight, LEVELS, self.weight_multiplier, *sizes, row_scale=scale_R)
-            out_TR = table.product(x_TC, self.bias)
+            if self.table is None or not self.table.holds(self.weight, self.weight_multiplier, scale_R):
+                self.table = self._table(size)
+            out_TR = self.table.product(x_TC, self.bias)
         return out_TR.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _table(self, group_size: int) -> packed_gemm.Table:
+        """A 4-bit weight as our kernel takes it with unrounded inputs."""
+        sizes, scale_R = (self.out_features, self.in_features, group_size), self.weight_scale.detach()
+        weight, multiplier_RG = self.weight.detach(), self.weight_multiplier.detach()
+        return packed_gemm.Table(weight, LEVELS, multiplier_RG, *sizes, row_scale=scale_R)
 
     def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
         """The product with unrounded inputs. For few tokens on a CPU the weight is not dequantised as a

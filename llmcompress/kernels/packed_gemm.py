@@ -125,6 +125,11 @@ class Table:
                 f"{self.scales.dtype} are no weight of {R} x {C} in groups of {self.group_size}"
             )
 
+    def holds(self, packed: Tensor, scales: Tensor, row_scale: Tensor | None = None) -> bool:
+        """Whether these are its codes and scales, where they are now."""
+        now = packed.data_ptr(), scales.data_ptr(), _at(row_scale)
+        return (self.packed.data_ptr(), self.scales.data_ptr(), _at(self.row_scale)) == now
+
     @property
     def _scales(self) -> tuple[int | None, ...]:
         """What the kernel is told of the scales."""
