@@ -44,7 +44,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # Every table and picture; durations are those of two cores. The rivals install their own environments from the registry.
-# speed and lookup-speed write the file of this processor; with a GPU, `speed --eight-billion` writes speed-cuda.json, and
+# speed, decode-speed and lookup-speed write the file of this processor; with a GPU, `speed --eight-billion` writes speed-cuda.json, and
 # evaluation/gpu_run.sh measures in eight minutes what else wants one.
 bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation bench # 6 h
@@ -64,6 +64,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation throughput # 2 min
 	$(BIN)/python -m evaluation distill-speed # 10 min
 	$(BIN)/python -m evaluation speed # 6 min
+	$(BIN)/python -m evaluation decode-speed # 15 min
 	$(BIN)/python -m evaluation lookup-speed # 5 min
 	$(BIN)/python -m evaluation codebook-speed # 3 min
 	$(BIN)/python -m evaluation pruned-speed # 3 min

@@ -70,6 +70,9 @@ SCRIPTS = {
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"
     ),
     "speed": Script("speed", "6 min", "linears and a whole model in every format, against floats"),
+    "decode-speed": Script(
+        "decode_speed", "15 min", "whole models that write, at batch 1 and 4, in every format"
+    ),
     "lookup-speed": Script("lookup_speed", "5 min", "codebook linears against bitsandbytes' nf4"),
     "attention-speed": Script("attention_speed", "1 min", "attention in bfloat16 against torch's"),
     "codebook-speed": Script(

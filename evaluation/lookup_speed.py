@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import LookupRow
-from evaluation.speed import plain, random
+from evaluation.speed import alone, plain, random, stock_nf4
 from evaluation.timing import race
 from llmcompress.algorithms.codebook import Palette, nearest
-from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear, codebook
+from llmcompress.formats import bitsandbytes_layout, codebook
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.kernels import lut_gemm
 
@@ -74,7 +74,7 @@ def candidates(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Candidat
     packed, made = bitsandbytes_layout.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
     return {
         "bitsandbytes nf4": Candidate(
-            bitsandbytes_linear.linear(packed, None), bitsandbytes_layout.dequantize(packed, torch.float32)
+            alone(stock_nf4(W_RC.to(dtype))), bitsandbytes_layout.dequantize(packed, torch.float32)
         ),
         "codebook of 16 entries per row": Candidate(codebook.linear(made, None), made.dequantize()),
         "plain": Candidate(plain(W_RC.to(dtype)), W_RC),

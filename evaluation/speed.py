@@ -138,12 +138,20 @@ def on(linear: nn.Module, device: torch.device) -> nn.Module:
     return linear.to(device).eval()
 
 
+def alone(module: nn.Module) -> nn.Module:
+    """A module of bitsandbytes, multiplied by bitsandbytes alone, as if llmcompress were not imported."""
+    forward = getattr(type(module).forward, "__wrapped__", None)
+    if forward is not None:
+        module.forward = partial(forward, module)
+    return module
+
+
 def stock_int8(threshold: float, weight: Tensor) -> nn.Module:
     """Linear8bitLt as bitsandbytes makes it."""
     R, C = weight.shape
     linear = Linear8bitLt(C, R, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
     linear.weight = Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
-    return on(linear, weight.device)
+    return alone(on(linear, weight.device))
 
 
 def stock_nf4(weight: Tensor) -> nn.Module:
@@ -202,7 +210,7 @@ def candidates(device: torch.device) -> list[Candidate]:
         ),
         "bitsandbytes int8": lambda W: partial(stock_int8, 0.0, W),
         "bitsandbytes int8, threshold 6": lambda W: partial(stock_int8, 6.0, W),
-        "bitsandbytes nf4": lambda W: partial(stock_nf4, W),
+        "bitsandbytes nf4": lambda W: lambda: alone(stock_nf4(W)),
     }
     if TORCHAO:
         others["torchao int8"] = lambda W: partial(torchao_int8, W)

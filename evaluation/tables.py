@@ -799,7 +799,14 @@ def distill_speed(results: Results) -> str:
 
 def speed(results: Results) -> str:
     """A table for each processor."""
-    names = ("speed-avx2", "speed-avx512", "speed-cuda", "speed-cuda-decode")
+    names = (
+        "speed-avx2",
+        "speed-avx512",
+        "speed-cuda",
+        "speed-cuda-decode",
+        "speed-avx2-decode",
+        "speed-avx512-decode",
+    )
     return joined(_speed(result) for result in results.every(names, Speed))
 
 

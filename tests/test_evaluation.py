@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from evaluation import other_choices, pictures, results, tables
+from evaluation import decode_speed, other_choices, pictures, results, tables
 from evaluation.__main__ import SCRIPTS, main
 from evaluation.results import ROOT, Head, Loss, OutlierRow, SharingRow, modern
+from evaluation.speed import random
 from llmcompress.frontier.costs import Cost, Priced
 
 RECIPE = "# GPTQ on NF4.\ndata: {source: python-docs}\nstages:\n  - quantize: {format: nf4}\n"
@@ -280,3 +282,15 @@ def test_the_rank_correlation_is_that_of_the_ranks() -> None:
     assert tables.rank_correlation([0.1, 0.2, 5.0], [3.0, 4.0, 7.0]) == 1
     assert tables.rank_correlation([1, 2, 3, 4], [8, 7, 6, 5]) == -1
     assert tables.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
+
+
+def test_the_candidates_of_decode_speed_multiply_the_same_weight() -> None:
+    weight = random(64, 128, torch.float32, torch.device("cpu"))
+    x = random(3, 128, torch.float32, torch.device("cpu")) * 128**0.5
+    exact, found = x @ weight.T, {}
+    for one in decode_speed.chosen(None, torch.float32):
+        with torch.no_grad():
+            out = one.make(weight.to(one.dtype))()(x.to(one.dtype)).float()
+        found[one.name] = float((out - exact).norm() / exact.norm())
+    assert {"float32", "bfloat16", "w8a8", "w4a8", "int8", "nf4", "q4_0", "bitsandbytes nf4"} <= found.keys()
+    assert all(error < 0.2 for error in found.values()), found

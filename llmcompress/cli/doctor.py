@@ -128,6 +128,7 @@ def kernels() -> list[Facts]:
     asked: tuple[tuple[str, str, Callable[[], tuple[bool, str]]], ...] = (
         ("nf4, fp4", "cpu", _four_bit),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cpu", _integer),
+        ("q4_0, iq4_nl", "cpu", _ggml),
         ("codebook", "cpu", _codebook),
         ("calibration", "cpu", _solver),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cuda", _integer_gpu),
@@ -153,9 +154,8 @@ def _four_bit() -> tuple[bool, str]:
         )
     if bitsandbytes_layout.multiplies_packed():
         return True, "bitsandbytes' native AVX512-BF16 kernel, on packed weights"
-    return (
-        False,
-        "torch, after bitsandbytes' native library dequantised the weight: this CPU has no AVX512-BF16",
+    return _few_tokens(
+        "torch, after bitsandbytes' native library dequantised the weight: this CPU has no AVX512-BF16"
     )
 
 
@@ -163,8 +163,21 @@ def _integer() -> tuple[bool, str]:
     from llmcompress.formats import integer_linear
 
     if integer_linear.KERNEL:
-        return True, "torch's int8 products, for AVX512"
-    return False, "sums in float32, about as fast as float linears: this CPU has no AVX512"
+        return True, _few_tokens("torch's int8 products, for AVX512")[1]
+    return _few_tokens("sums in float32, about as fast as float linears: this CPU has no AVX512")
+
+
+def _ggml() -> tuple[bool, str]:
+    return _few_tokens("torch, after the weight is dequantised")
+
+
+def _few_tokens(other: str) -> tuple[bool, str]:
+    """Whether our C kernel runs, and with what is said of many tokens."""
+    from llmcompress.kernels import packed_gemm
+
+    if packed_gemm.KERNEL.why_not is not None:
+        return False, other
+    return True, f"the C kernel, for {packed_gemm.form()}, on few tokens; for many, {other}"
 
 
 def _codebook() -> tuple[bool, str]:

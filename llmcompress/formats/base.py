@@ -122,6 +122,16 @@ class StoredLinear(StoredModule, nn.Linear):
             self.register_buffer(self.beside, None, persistent=False)
         cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
 
+    def prepare(self) -> None:
+        """Check the stored tensors, which are all that the forward needs. Errors: ModelError if they are
+        damaged."""
+        self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
+        weight = cast(Any, self.scheme).read(self.stored(), self.in_features)
+        return cast(Tensor, weight.dequantize(dtype))
+
     def beside_weight(self, make: Callable[[], Derived]) -> Derived:
         """Return what `make` derives from the weight, computed once for all linears that share this
         weight."""

@@ -248,15 +248,6 @@ class CodebookLinear(StoredLinear):
     scheme: CodebookLayout
     weight_levels: Tensor
 
-    def prepare(self) -> None:
-        """Check the stored tensors, which are all that the forward needs. Errors: ModelError if they are
-        damaged."""
-        self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
-        return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)

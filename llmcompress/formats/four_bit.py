@@ -2,8 +2,9 @@
 
 Codes and scales are those of bitsandbytes_layout.py under flat names (`weight_absmax` for `weight.absmax`),
 because the dotted names need the stock loader. bitsandbytes keeps format, group_size and type in a tensor of
-JSON; here they are in config.json. Each forward runs a stock module made from the stored tensors (`prepare`),
-and thus the stock kernels. That module holds a second copy of the codes, because the CPU kernel reorders its
+JSON; here they are in config.json. On a CPU our kernel multiplies few tokens with the stored tensors
+(kernels/packed_gemm.py). Every other forward runs a stock module made from them (`prepare`), and thus the
+stock kernels. That module holds a second copy of the codes, because the CPU kernel reorders its
 own in place: 1 byte per weight in memory for 0.5 on disk. Without that module, for example when weights are
 offloaded, every forward dequantises the weight. R rows (out), C columns (in), G = C / group_size.
 """
@@ -21,6 +22,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
+from llmcompress.kernels import packed_gemm
 
 if TYPE_CHECKING:
     from llmcompress.formats import bitsandbytes_linear
@@ -124,12 +126,13 @@ class FourBitLinear(StoredLinear):
     scheme: FourBitLayout
     # in a tuple, so that it is not a submodule and is not saved
     kernel: tuple[bitsandbytes_linear.Linear4bit, ...] = ()
+    table: tuple[packed_gemm.Table, ...] = ()  # the stored tensors as our kernel takes them, on a CPU
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Make the stock module, unless the weight is not in memory (meta) or its kernels refuse the
         shape."""
-        self.kernel = ()
+        self.kernel, self.table = (), self._tables() if self.weight.is_cpu else ()
         refused = bitsandbytes_layout.refusal(
             (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
         )
@@ -143,6 +146,13 @@ class FourBitLinear(StoredLinear):
                 ),
             )
 
+    def _tables(self) -> tuple[packed_gemm.Table, ...]:
+        stored = {name: tensor.contiguous() for name, tensor in self.stored().items()}
+        sizes = self.out_features, self.in_features, self.scheme.group_size
+        nested = tuple(stored[name] for name in NESTED) if self.scheme.double_quant else ()
+        levels = bitsandbytes_layout.grid(self.scheme.format)
+        return (packed_gemm.Table(stored["weight"], levels, stored["weight_absmax"], *sizes, *nested),)
+
     def packed(self) -> bitsandbytes_layout.Packed:
         """The codes and scales. Errors: ModelError if the stored tensors are damaged."""
         return read(self.stored(), self.scheme, self.out_features, self.in_features, self.dtype)
@@ -153,6 +163,8 @@ class FourBitLinear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
+        if self.table and packed_gemm.usable(input, self.bias):
+            return self.table[0].linear(input, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         # for other types the kernels compute nonsense
         if not self.kernel or input.dtype not in DTYPES.values():
@@ -163,7 +175,7 @@ class FourBitLinear(StoredLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
         super()._apply(fn, recurse)
-        if self.kernel:
+        if self.kernel or self.table:
             self.prepare()  # anew, on the device where the codes are now
         return self
 

@@ -2,9 +2,11 @@
 
 A weight is one of 16 integers times the scale of its group, which may have either sign. The tensors are those
 of llama.cpp's Q4_0 and IQ4_NL in another order, so that an export to GGUF changes no number. They take 4.5
-bits per weight, on disk and in memory. There is no kernel here: each forward dequantises the weight, and
-drops it again. `weight` has a first axis of size 1, which no plain linear has, so a stock loader refuses it.
-R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a group.
+bits per weight, on disk and in memory. On a CPU a kernel multiplies few tokens with the packed weight and
+expands it a piece at a time for many (kernels/packed_gemm.py). Elsewhere, and where gradients are asked for,
+each forward dequantises the weight and drops it again. `weight` has a first axis of size 1, which no plain
+linear has, so a stock loader refuses it. R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a
+group.
 
 Source: llama.cpp's block_q4_0 and block_iq4_nl, as in the `gguf` package (gguf.quants).
 """
@@ -23,9 +25,11 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.codebook import pack, unpack
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
+from llmcompress.kernels import packed_gemm
 
 GROUP_SIZE = 32
 SCALE = "weight_group_scale"
+LEVELS = {format: torch.tensor(levels, dtype=torch.float32) for format, levels in GGML.items()}
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def read(tensors: Mapping[str, Tensor], layout: GgmlLayout, rows: int, columns: 
 
 def _weight(packed_RB: Tensor, scale_RG: Tensor, layout: GgmlLayout, dtype: torch.dtype) -> Tensor:
     """The weight [R, C] of packed codes and scales. The two integers of a byte are looked up at once."""
-    values = torch.tensor(GGML[layout.format], dtype=torch.float32, device=packed_RB.device)
+    values = LEVELS[layout.format].to(packed_RB.device)
     byte = torch.arange(256, device=packed_RB.device)
     pairs = torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64)[:, 0]
     found = pairs.index_select(0, packed_RB.flatten().int()).view(torch.float32)
@@ -130,21 +134,29 @@ class GgmlLinear(StoredLinear):
 
     scheme: GgmlLayout
     weight_group_scale: Tensor
-
-    def prepare(self) -> None:
-        """Check the stored tensors, which are all that the forward needs. Errors: ModelError if they are
-        damaged."""
-        self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
-        return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
+    table: packed_gemm.Table | None = None  # the stored tensors as the kernel takes them
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
+        stored = self.weight, self.weight_group_scale
+        if self.weight.is_cpu and packed_gemm.usable(input, self.bias, few=None):
+            if self.table is None or not self.table.holds(*stored):
+                self.table = self._table()
+            return self.table.linear(input, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         W_RC = _weight(self.weight[0], self.weight_group_scale, self.scheme, input.dtype)
         return nn.functional.linear(input, W_RC, bias)
+
+    def _table(self) -> packed_gemm.Table:
+        """The stored tensors as the kernel takes them."""
+        return packed_gemm.Table(
+            self.weight.detach().contiguous(),
+            LEVELS[self.scheme.format],
+            self.weight_group_scale.detach().contiguous(),
+            self.out_features,
+            self.in_features,
+            GROUP_SIZE,
+        )
 
     def extra_repr(self) -> str:
         """The scheme, for `print(model)`."""

@@ -3,10 +3,11 @@
 Its parameters have the names, shapes and bytes on disk, so loading and saving need no conversion. A forward
 rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32. The result is the
 product of the dequantised factors, up to float32 rounding. Unlike Linear8bitLt, it never goes through
-float16. The kernel is torch's on a CPU with AVX512 and bitsandbytes' on a GPU, where a kernel of ours takes
-few tokens (int8_dispatch.py). Elsewhere the same integers are summed in float32, which is exact below 2^24:
-on other CPUs piece by piece, about as fast as a float weight (bitsandbytes converts the whole weight in each
-forward), and on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the
+float16. Few tokens are multiplied by kernels of ours: on a CPU from the packed weight (packed_gemm.py), on a
+GPU by int8_dispatch.py. For many the kernel is torch's on a CPU with AVX512 and bitsandbytes' on a GPU.
+Elsewhere the same integers are summed in float32, which is exact below 2^24: on other CPUs piece by piece,
+about as fast as a float weight (bitsandbytes converts the whole weight in each forward), and on a GPU where C
+% 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the
 packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not prepared, for example
 because its weights are offloaded, expands them in every forward and keeps nothing.
 """
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from llmcompress.formats import bitsandbytes_layout, integer
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import int8_dispatch
+from llmcompress.kernels import int8_dispatch, packed_gemm
 
 logger = logging.getLogger(__name__)
 # other CPUs multiply int8 one by one, which is slower than floats
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LEVELS = torch.arange(-8.0, 8.0)  # of 4-bit codes
 FEW = 16  # up to this many tokens, the weight is not dequantised as a whole
 PIECE = 2**20  # weights converted to float at a time where there is no kernel: 4 MB, which stay in a cache
 
@@ -45,6 +47,7 @@ class IntegerLinear(StoredLinear):
     weight_multiplier: Tensor
     input_scale: Tensor
     expanded: Tensor | None
+    table: packed_gemm.Table | None = None  # 4-bit weights as our kernel takes them with unrounded inputs
     beside = "expanded"
 
     @torch.no_grad()
@@ -71,6 +74,8 @@ class IntegerLinear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
+        if self._usable(input):
+            return self._packed(input)
         matrix = self.matrix()
         if self.scheme.activations == "none":
             return self._unrounded(input, matrix)
@@ -80,6 +85,44 @@ class IntegerLinear(StoredLinear):
             return _product(input, matrix, self.weight_scale, step, bits, self.bias, input.dtype)
         out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
         return (out if self.bias is None else out + self.bias).to(input.dtype)
+
+    def _usable(self, input: Tensor) -> bool:
+        """Whether our kernel multiplies this input with the stored tensors."""
+        whole = self.scheme.group_size is None
+        few = packed_gemm.FEW_INTEGERS if whole and self.scheme.activations != "none" else packed_gemm.FEW
+        return (
+            packed_gemm.usable(input, self.bias, few)
+            and (whole or packed_gemm.takes_groups(self.scheme.group_size or 0, self.in_features))
+            and all(one is None or (one.is_cpu and one.is_contiguous()) for one in self._parameters.values())
+        )
+
+    def _packed(self, input: Tensor) -> Tensor:
+        """The product of few tokens by our kernel."""
+        x_TC, size, scale_R = packed_gemm.tokens(input), self.scheme.group_size, self.weight_scale
+        step = self.input_scale if self.scheme.activations == "static" else None
+        bits, rounded = self.scheme.activation_bits, self.scheme.activations != "none"
+        if size is None and rounded:
+            rounding: packed_gemm.Rounding = "dynamic" if step is None else "static"
+            out_TR = packed_gemm.integers_product(
+                x_TC, self.weight[0], scale_R, self.bias, bits=bits, rounding=rounding, step=step
+            )
+        elif size is None:
+            out_TR = packed_gemm.floats_product(x_TC, self.weight[0], scale_R, self.bias)
+        elif rounded:
+            out_TR = packed_gemm.nibbles_product(
+                x_TC, self.weight, self.weight_multiplier, scale_R, size, self.bias, bits=bits, step=step
+            )
+        else:
+            if self.table is None or not self.table.holds(self.weight, self.weight_multiplier, scale_R):
+                self.table = self._table(size)
+            out_TR = self.table.product(x_TC, self.bias)
+        return out_TR.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _table(self, group_size: int) -> packed_gemm.Table:
+        """A 4-bit weight as our kernel takes it with unrounded inputs."""
+        sizes, scale_R = (self.out_features, self.in_features, group_size), self.weight_scale.detach()
+        weight, multiplier_RG = self.weight.detach(), self.weight_multiplier.detach()
+        return packed_gemm.Table(weight, LEVELS, multiplier_RG, *sizes, row_scale=scale_R)
 
     def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
         """The product with unrounded inputs. For few tokens on a CPU the weight is not dequantised as a

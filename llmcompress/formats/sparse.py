@@ -182,10 +182,6 @@ class SparseLinear(StoredLinear):
         """Fill in the dense weight and keep it, unless the values are not in memory (meta)."""
         self.dense = None if self.weight.device.type == "meta" else self.dequantized(self.dtype)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
-        return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)

@@ -3,6 +3,7 @@
 - transformers learns the quantization method `llmcompress`, so that `from_pretrained` loads our formats;
 - `save_pretrained` of a model in a native bitsandbytes layout first restores what a forward changed in it, or
   refuses;
+- bitsandbytes' linears multiply few tokens on a CPU by our kernel, if it takes them;
 - PEFT turns our modules into plain ones before it merges an adapter into them;
 - `generate` makes a cache of codes for a model whose config asks for one, if its caller asks for no other.
 
@@ -17,18 +18,21 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 METHOD = "llmcompress"  # the same as quantization_config.METHOD
+STOCK_PRODUCTS = "LLMCOMPRESS_BITSANDBYTES"  # `0`: bitsandbytes multiplies by itself
 CACHE_FIELD = "llmcompress_kv_cache"  # the same as kv_cache.FIELD
 
 
 def register() -> None:
     """Make the changes, or prepare them; a second call changes nothing."""
     _when_imported("transformers.quantizers.auto", _teach_transformers)
+    _when_imported("bitsandbytes.nn.modules", _multiply_packed)
     _when_imported("peft.tuners.tuners_utils", _prepare_merging)
     _when_imported("transformers.generation.utils", _give_caches)
 
@@ -69,6 +73,30 @@ def _before_saving(quantizer: Any, model: Any) -> tuple[None, dict[str, str]]:
 
         mend(model)
     return None, {}
+
+
+def _multiply_packed(modules: ModuleType) -> None:
+    """Make bitsandbytes' linears ask our kernel first, unless an environment variable says not to."""
+    if os.environ.get(STOCK_PRODUCTS) == "0":
+        return
+    for kind, name in ((modules.Linear4bit, "four_bit"), (modules.Linear8bitLt, "int8")):
+        if not getattr(kind.forward, "packed", False):
+            kind.forward = _asking(kind.forward, name)
+
+
+def _asking(forward: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any], Any]:
+    """A forward that is computed by a function of `bitsandbytes_products`, or as before where that returns
+    None."""
+
+    @functools.wraps(forward)
+    def asking(self: Any, x: Any) -> Any:
+        from llmcompress.integrations import bitsandbytes_products
+
+        out = getattr(bitsandbytes_products, name)(self, x)
+        return forward(self, x) if out is None else out
+
+    asking.packed = True  # type: ignore[attr-defined]
+    return asking
 
 
 def _prepare_merging(tuners: ModuleType) -> None:

@@ -6,7 +6,8 @@ ships, so that there is one thread pool. It is kept in $LLMCOMPRESS_CACHE/kernel
 content, so a damaged file is compiled again. Loading the file runs its code, so both file and folder must
 belong to this user (or root) and be writable by nobody else. Otherwise each process compiles the kernel into
 a private temporary folder. If any of this fails, or LLMCOMPRESS_KERNELS is 0, there is no kernel, and the
-reason is known.
+reason is known. On x86, ATEN_CPU_CAPABILITY restricts the kernels to the instructions that it restricts torch
+to.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
+# what ATEN_CPU_CAPABILITY has torch take of an x86 processor, and the architecture that has as much
+MARCHES = {"avx2": "-march=haswell", "default": "-march=x86-64"}
 
 
 class CompiledKernel:
@@ -142,7 +145,7 @@ class CompiledKernel:
 
     def _digest(self) -> str:
         """Return a digest of what the compiled file depends on: source, flags, torch and the processor."""
-        parts = [*((FOLDER / file).read_text() for file in self.files), *FLAGS]
+        parts = [*((FOLDER / file).read_text() for file in self.files), *flags()]
         parts += [torch.__version__, platform.machine(), platform.processor()]
         with contextlib.suppress(OSError):
             lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -162,7 +165,7 @@ class CompiledKernel:
             return False
         with tempfile.TemporaryDirectory(dir=target) as folder:
             object_file, made = Path(folder) / f"{self.name}.o", Path(folder) / f"{self.name}.so"
-            compile = [path, *FLAGS, "-c", str(FOLDER / self.files[0]), "-o", str(object_file)]
+            compile = [path, *flags(), "-c", str(FOLDER / self.files[0]), "-o", str(object_file)]
             found_at = f"-Wl,-rpath,{threads[0].parent}"
             link = [path, "-shared", str(object_file), str(threads[0]), found_at, "-lm", "-o", str(made)]
             for step in (compile, link):
@@ -174,6 +177,14 @@ class CompiledKernel:
                 sync(file)
             made.replace(target / name)
         return True
+
+
+def flags() -> tuple[str, ...]:
+    """Return what the compiler is told beside the files."""
+    march = MARCHES.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+    if march is None or platform.machine() not in ("x86_64", "AMD64"):
+        return FLAGS
+    return tuple(march if flag == "-march=native" else flag for flag in FLAGS)
 
 
 def compiler() -> str | None:

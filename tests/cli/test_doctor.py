@@ -11,7 +11,7 @@ import torch
 
 from llmcompress.cli import doctor
 from llmcompress.formats import bitsandbytes_layout, integer_linear
-from llmcompress.kernels import attention, column_loops, compiled, lut_gemm
+from llmcompress.kernels import attention, column_loops, compiled, lut_gemm, packed_gemm
 
 
 def what_runs(formats: str, device: str = "cpu") -> tuple[bool, str]:
@@ -27,8 +27,10 @@ def test_it_says_what_is_here() -> None:
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert what_runs("codebook")[0] == lut_gemm.KERNEL.available
     assert what_runs("calibration")[0] == column_loops.KERNEL.available
-    assert what_runs("w8a8")[0] == integer_linear.KERNEL
-    assert what_runs("nf4")[0] == bitsandbytes_layout.multiplies_packed()
+    packed = packed_gemm.KERNEL.available
+    assert what_runs("w8a8")[0] == (integer_linear.KERNEL or packed)
+    assert what_runs("nf4")[0] == (bitsandbytes_layout.multiplies_packed() or packed)
+    assert what_runs("q4_0")[0] == packed
 
 
 def test_what_is_printed_holds_all_of_it_and_no_path(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +54,7 @@ def test_where_things_are_missing_it_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setitem(lut_gemm.KERNEL.__dict__, "_attempt", (None, "there is no C compiler"))
+    monkeypatch.setitem(packed_gemm.KERNEL.__dict__, "_attempt", (None, "there is no C compiler"))
     monkeypatch.setattr(integer_linear, "KERNEL", False)
     monkeypatch.setattr(bitsandbytes_layout, "multiplies_packed", lambda: False)
     assert doctor.versions()["no-such-package"] is None

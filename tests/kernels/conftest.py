@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llmcompress.kernels import codebook_loops, column_loops, lut_gemm
+from llmcompress.kernels import codebook_loops, column_loops, lut_gemm, packed_gemm
 
 
 @pytest.fixture
@@ -16,5 +16,5 @@ def fresh() -> Iterator[None]:
 
 
 def _forget() -> None:
-    for kernel in (lut_gemm.KERNEL, column_loops.KERNEL, codebook_loops.KERNEL):
+    for kernel in (lut_gemm.KERNEL, packed_gemm.KERNEL, column_loops.KERNEL, codebook_loops.KERNEL):
         kernel.forget()

@@ -10,7 +10,7 @@ import torch
 
 from llmcompress.formats import integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import column_loops_gpu, int8_dispatch
+from llmcompress.kernels import column_loops_gpu, int8_dispatch, packed_gemm
 from llmcompress.kernels.triton_device import TritonKernels
 
 TRITON = (int8_dispatch.KERNELS, column_loops_gpu.KERNELS)
@@ -60,7 +60,7 @@ def test_a_cpu_without_int8_products_is_said_once(
     codes_RC, scale_R = torch.ones(17, 33, dtype=torch.int8), torch.ones(17)
     module = integer_linear.linear(IntegerWeight(codes_RC, scale_R, IntegerLayout("w8a8"), None, None), None)
     with torch.no_grad():
-        module(torch.ones(2, 33))
-        module(torch.ones(2, 33))
+        for _ in range(2):
+            module(torch.ones(packed_gemm.FEW_INTEGERS + 1, 33))
     assert [record.levelname for record in caplog.records] == ([] if kernel else ["WARNING"])
     assert kernel or "no AVX512" in caplog.text

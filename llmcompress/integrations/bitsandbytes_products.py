@@ -1,0 +1,91 @@
+"""Products of few tokens by bitsandbytes' own linears on a CPU, from the packed weight by our kernel.
+
+Importing llmcompress wraps the forwards of `Linear4bit` and `Linear8bitLt`, so that models in a native layout
+decode faster. bitsandbytes converts the whole weight in each forward on CPUs without AVX512-BF16 (4 bits) or
+without AVX512 (int8). Codes of tokens, sums and outputs of int8 are bitsandbytes' own, bit for bit. 4-bit
+weights are those that bitsandbytes dequantises to float32, and sums are float32 too. What our kernel does not
+take goes to bitsandbytes: many tokens, gradients, other devices, torch.compile, autocast, and 4-bit linears
+on CPUs with AVX512-BF16, where bitsandbytes repacks the weight for a kernel of its own.
+LLMCOMPRESS_BITSANDBYTES=0 leaves bitsandbytes as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.kernels import packed_gemm
+
+NESTED_GROUP = 256  # scales that share one nested scale, in the kernel as in bitsandbytes
+# a linear -> where its weight was when a table was made of it, and that table
+TABLES: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], packed_gemm.Table]] = WeakKeyDictionary()
+
+
+def four_bit(module: Any, x: Tensor) -> Tensor | None:
+    """The output [..., R] of a Linear4bit for x [..., C] in the type of x, or None where bitsandbytes has to
+    compute it."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or module.support_avx512bf16_for_cpu or not packed_gemm.usable(x, module.bias):
+        return None
+    if len(state.shape) != 2 or x.shape[-1] != state.shape[1] or state.shape[1] % state.blocksize:
+        return None
+    if state.blocksize % packed_gemm.UNIT or not module.weight.is_cpu or state.absmax.device.type != "cpu":
+        return None
+    if not state.nested and state.absmax.dtype != torch.float32:
+        return None
+    if state.nested and state.state2.blocksize != NESTED_GROUP:
+        return None
+    module_dtype = module.compute_dtype if module.compute_type_is_set else None
+    inputs = x if module_dtype is None else x.to(module_dtype)
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return _table(module, state).linear(inputs, bias).to(x.dtype)
+
+
+def _table(module: Any, state: Any) -> packed_gemm.Table:
+    """The weight of a Linear4bit as the kernel takes it, kept while it is where it was."""
+    data, absmax = module.weight.data, state.absmax
+    place = data.data_ptr(), absmax.data_ptr(), state.blocksize
+    before, table = TABLES.get(module, (None, None))
+    if table is not None and before == place:
+        return table
+    nested: tuple[Tensor, ...] = ()
+    if state.nested:
+        nested = (state.state2.absmax, state.state2.code.float(), state.offset.float().reshape(1))
+    R, C = state.shape
+    made = packed_gemm.Table(
+        data.reshape(-1).view(torch.uint8),
+        state.code.float().contiguous(),
+        absmax,
+        R,
+        C,
+        state.blocksize,
+        *nested,
+    )
+    TABLES[module] = place, made
+    return made
+
+
+def int8(module: Any, x: Tensor) -> Tensor | None:
+    """The output [..., R] of a Linear8bitLt for x [..., C] in the type of x, or None where bitsandbytes has
+    to compute it, as it does with inputs that reach the threshold."""
+    state = module.state
+    if state.has_fp16_weights or not packed_gemm.usable(x, module.bias, packed_gemm.FEW_INTEGERS):
+        return None
+    if module.weight.CB is not None:
+        module.init_8bit_state()
+    codes, scale = state.CB, state.SCB
+    if (
+        codes is None
+        or scale is None
+        or not (codes.is_cpu and codes.dtype == torch.int8 and codes.is_contiguous())
+    ):
+        return None
+    half = x.reshape(-1, x.shape[-1]).to(torch.float16)  # bitsandbytes takes inputs through it
+    if state.threshold > 0 and bool((half.abs() >= state.threshold).any()):
+        return None
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    out = packed_gemm.integers_product(half.float(), codes, scale.float(), bias, rounding="llm_int8")
+    return out.to(x.dtype).reshape(*x.shape[:-1], len(codes))
