@@ -9,7 +9,7 @@ embedding, head, norms and attention stay floats, and all runs eagerly, as trans
 token of each sequence after 128 others. `--inputs` is the type of the model in every format; the references
 float32 and bfloat16 are always there. Candidates named after bitsandbytes are its own modules, multiplied by
 bitsandbytes; `int8` and `nf4` are the same modules as importing llmcompress has them multiplied. torchao is
-measured where installed.
+measured where installed, and so is llama.cpp, whose files have Q4_0 or Q8_0 in the same places.
 
 Each candidate takes turns with the reference in short bursts in one process (timing.py), and is held against
 the reference of the same turns. ATEN_CPU_CAPABILITY=avx2 has torch and our kernels take AVX2 alone;
@@ -22,9 +22,11 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from evaluation import machine, results
+from evaluation import llama_cpp, llama_cpp_speed, machine, results
 from evaluation.options import parser
 from evaluation.results import SpeedRow
 from evaluation.speed import (
+    PAST,
     TINY,
     TORCHAO,
     Absent,
@@ -139,6 +142,28 @@ def measured(
         gc.collect()
 
 
+def beside_llama_cpp(
+    what: str,
+    config: LlamaConfig,
+    reference: Candidate,
+    names: Sequence[str] | None,
+    threads: int,
+    pair_s: float,
+) -> Iterator[SpeedRow]:
+    """The same shape in llama.cpp, in every type and batch, each beside the reference alone."""
+    model = model_of(config, reference, torch.device("cpu"))
+    for name, type_ in llama_cpp_speed.TYPES.items():
+        if names is not None and name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.gguf"
+            llama_cpp_speed.write(config, type_, file)
+            for batch in BATCHES:
+                theirs = llama_cpp_speed.decoder(file, batch, PAST, threads)
+                calls = {reference.name: forward_of(model, batch, 1), name: theirs}
+                yield from timed(Case(what, batch, 1), calls, pair_s)[1:]
+
+
 def options() -> argparse.ArgumentParser:
     """What can be asked for."""
     found = parser("decode-speed", __doc__)
@@ -155,16 +180,22 @@ def main(argv: Sequence[str]) -> int:
     """Measure what was asked for and write each row as soon as it is there."""
     given = machine.parse(options(), argv)
     every = chosen(given.candidates, getattr(torch, given.inputs))
-    if len(every) < 2:
+    if len(every) < 2 and not {*llama_cpp_speed.TYPES} & {*given.candidates}:
         raise SystemExit(f"no candidate is called {' or '.join(given.candidates)}")
     absent = [] if TORCHAO else [Absent("torchao int8", "torchao is not installed")]
+    if not llama_cpp.INSTALLED:
+        absent += [Absent(name, llama_cpp.INSTALL) for name in llama_cpp_speed.TYPES]
     capability, head = torch.backends.cpu.get_cpu_capability(), machine.head()
     if TORCHAO:
         head.versions["torchao"] = metadata.version("torchao")
     print(f"our kernel: {packed_gemm.form() or packed_gemm.KERNEL.why_not}", file=sys.stderr)
     rows: list[SpeedRow] = []
     for name in given.models:
-        for row in measured(*MODELS[name], every, PAIR_S * given.pace, absent):
+        pair_s, asked = PAIR_S * given.pace, given.candidates
+        found = [measured(*MODELS[name], every, pair_s, absent)]
+        if llama_cpp.INSTALLED:
+            found += [beside_llama_cpp(*MODELS[name], every[0], asked, given.threads, pair_s)]
+        for row in chain.from_iterable(found):
             rows.append(row)
             facts = {
                 "cpu_capability": capability,

@@ -8,7 +8,7 @@ runs a file on the sequences and texts in the JSON file TOLD, writes logits to O
 gives probabilities too, but of one token per request and as text: slow where the vocabulary is large.
 
 The structs here restate what is used of llama.h: `Batch` whole, of the parameters of a context the first
-three, of those of a model none.
+four, of those of a model none.
 """
 
 from __future__ import annotations
@@ -47,30 +47,36 @@ class ContextParameters(ctypes.Structure):
         ("n_ctx", ctypes.c_uint32),
         ("n_batch", ctypes.c_uint32),
         ("n_ubatch", ctypes.c_uint32),
+        ("n_seq_max", ctypes.c_uint32),
+        ("aligned", ctypes.c_uint32),
         ("rest", ctypes.c_uint64 * (MORE // 8)),
     )
 
 
 class Batch(ctypes.Structure):
-    """llama_batch: token number `n` at position `pos[n]`, whose logits are kept if `logits[n]`."""
+    """llama_batch: token number `n` at position `pos[n]` of sequence `seq_id[n][0]`; its logits are kept if
+    `logits[n]`."""
 
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
         ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
         ("logits", ctypes.POINTER(ctypes.c_int8)),
     )
 
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int32
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
+SILENT = Log(lambda level, line, told: None)
 FUNCTIONS = {
     "ggml_quantize_chunk": (
         ctypes.c_size_t,
         [ctypes.c_int, Pointer, Pointer, *3 * [ctypes.c_int64], Pointer],
     ),
+    "llama_log_set": (None, [Log, Pointer]),
     "llama_model_default_params": (ModelParameters, []),
     "llama_model_load_from_file": (Pointer, [ctypes.c_char_p, ModelParameters]),
     "llama_model_get_vocab": (Pointer, [Pointer]),
@@ -80,9 +86,11 @@ FUNCTIONS = {
     "llama_n_ctx": (ctypes.c_uint32, [Pointer]),
     "llama_n_batch": (ctypes.c_uint32, [Pointer]),
     "llama_n_ubatch": (ctypes.c_uint32, [Pointer]),
+    "llama_n_seq_max": (ctypes.c_uint32, [Pointer]),
     "llama_set_n_threads": (None, [Pointer, Int, Int]),
     "llama_get_memory": (Pointer, [Pointer]),
     "llama_memory_clear": (None, [Pointer, ctypes.c_bool]),
+    "llama_memory_seq_rm": (ctypes.c_bool, [Pointer, Int, Int, Int]),
     "llama_decode": (Int, [Pointer, Batch]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [Pointer]),
     "llama_tokenize": (
@@ -141,14 +149,14 @@ def run(
 
 
 class Context:
-    """A model that llama.cpp has loaded, for sequences of up to `length` tokens.
+    """A model that llama.cpp has loaded, for `sequences` sequences with `length` tokens in all.
 
     Raises:
         RuntimeError: It could not be loaded, or the context is not as asked for, which is what a struct that
             has changed would show.
     """
 
-    def __init__(self, file: str, length: int, threads: int) -> None:
+    def __init__(self, file: str, length: int, threads: int, sequences: int = 1) -> None:
         self.library = library()
         model = self.library.llama_model_load_from_file(
             file.encode(), self.library.llama_model_default_params()
@@ -159,6 +167,7 @@ class Context:
         self.size: int = self.library.llama_vocab_n_tokens(self.vocabulary)
         asked = self.library.llama_context_default_params()
         asked.n_ctx = asked.n_batch = asked.n_ubatch = length
+        asked.n_seq_max = sequences
         self.context = self.library.llama_init_from_model(model, asked)
         if self.context is None:
             raise RuntimeError(f"there is no context of {length} tokens for {file}")
@@ -167,11 +176,13 @@ class Context:
             self.library.llama_n_batch(self.context),
             self.library.llama_n_ubatch(self.context),
         )
-        if (
-            min(made) < length or max(made) >= length + 256
-        ):  # contexts are padded to whole blocks of the cache
+        # each sequence is padded to whole blocks of the cache
+        if min(made) < length or max(made) >= length + 256 * sequences:
             raise RuntimeError(f"the context has {made} tokens, not {length}")
+        if (most := self.library.llama_n_seq_max(self.context)) != sequences:
+            raise RuntimeError(f"the context has {most} sequences, not {sequences}")
         self.library.llama_set_n_threads(self.context, threads, threads)
+        self.memory = self.library.llama_get_memory(self.context)
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits of a sequence, (token, vocabulary).
@@ -179,18 +190,39 @@ class Context:
         Raises:
             RuntimeError: llama.cpp refused the tokens.
         """
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        T = len(tokens)
+        self.library.llama_memory_clear(self.memory, True)
+        return self.read([tokens], 0)
+
+    def read(self, sequences: Sequence[Sequence[int]], start: int) -> NDArray[np.float32]:
+        """The logits of tokens, (token, vocabulary), one sequence after the other, that come after `start`
+        others of each sequence.
+
+        Raises:
+            RuntimeError: llama.cpp refused the tokens.
+        """
+        T = sum(map(len, sequences))
+        owners = [ctypes.pointer(Int(number)) for number, each in enumerate(sequences) for _ in each]
         batch = Batch(
             n_tokens=T,
-            token=(Int * T)(*tokens),
-            pos=(Int * T)(*range(T)),
+            token=(Int * T)(*(token for each in sequences for token in each)),
+            pos=(Int * T)(*(start + place for each in sequences for place in range(len(each)))),
+            n_seq_id=(Int * T)(*T * [1]),
+            seq_id=(ctypes.POINTER(Int) * T)(*owners),
             logits=(ctypes.c_int8 * T)(*T * [1]),
         )
         if code := self.library.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode gave {code}")
         found = self.library.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, (T, self.size)).copy()
+
+    def forget(self, start: int) -> None:
+        """Leave out what follows the first `start` tokens of every sequence.
+
+        Raises:
+            RuntimeError: The memory of this model can't be cut there.
+        """
+        if not self.library.llama_memory_seq_rm(self.memory, -1, start, -1):
+            raise RuntimeError(f"the memory is not cut at {start} tokens")
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text, with the first one that the file asks for."""

@@ -44,7 +44,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import SpeedRow
-from evaluation.timing import race
+from evaluation.timing import Call, race
 from llmcompress.algorithms.sparsegpt import keep_mask
 from llmcompress.formats import bitsandbytes_layout, bitsandbytes_linear, integer, integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
@@ -293,7 +293,7 @@ def working(case: Case, calls: Calls, absent: list[Absent]) -> Calls:
 
 
 def timed(
-    case: Case, calls: Calls, budget_s: float, errors: Mapping[str, float] | None = None
+    case: Case, calls: Mapping[str, Call], budget_s: float, errors: Mapping[str, float] | None = None
 ) -> list[SpeedRow]:
     """The rows of a case, the reference first, with the relative error of each output where that is known."""
     print(f"{case.what}, batch {case.batch}, tokens {case.tokens}", file=sys.stderr, flush=True)

@@ -20,8 +20,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from evaluation import gguf_export, llama_cpp
+from evaluation import gguf_export, llama_cpp, llama_cpp_speed
 from evaluation.gguf_export import by_llama_cpp
+from evaluation.speed import TINY
 from llmcompress.errors import ModelError
 from llmcompress.exports import gguf_tokenizer
 from llmcompress.exports.artefact import Artefact
@@ -543,3 +544,14 @@ def test_what_llama_cpp_can_not_run_is_said_with_its_log(tmp_path: Path) -> None
         RuntimeError, match=r"could not run .*model\.gguf \(exit code 1\)(.|\n)*was not loaded"
     ):
         llama_cpp.run(file, [[1, 2]])
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_shape_decodes_in_llama_cpp_after_what_it_has_read(batch: int, tmp_path: Path) -> None:
+    """As `evaluation decode-speed` times it: the same token again and again, after the same others."""
+    llama_cpp_speed.write(TINY, "Q8_0", tmp_path / "model.gguf")
+    decode, other = (llama_cpp_speed.decoder(tmp_path / "model.gguf", batch, past, 1) for past in (8, 1))
+    once, again = decode(), decode()
+    assert once.shape == (batch, TINY.vocab_size) and np.isfinite(once).all()
+    assert np.array_equal(once, again) and not np.allclose(once, other(), atol=0.1)
