@@ -350,6 +350,7 @@ class SearchRow(Loss):
     second_order_nats: float | None = None
     seconds: float
     commit: str
+    hardware: str
 
 
 class LowRankRow(Facts):

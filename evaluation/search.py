@@ -164,8 +164,12 @@ class Measurement:
 
     def write(self, kind: str, row: str, facts: Mapping[str, Any]) -> None:
         """Write what was measured of a row."""
+        head = machine.head()
         measured = SearchRow.model_validate(
-            {"model": self.model, "kind": kind, "row": row, **facts, "commit": machine.commit()}
+            {
+                **{"model": self.model, "kind": kind, "row": row, **facts},
+                **{"commit": head.commit, "hardware": head.hardware},
+            }
         )
         print(
             f"{self.model}: {kind}, {row}: {measured.share_of_bytes:.4f} of the bytes, KL "
@@ -173,7 +177,7 @@ class Measurement:
             flush=True,
         )
         merged = results.merge(NAME, ("model", "kind", "row"), measured)
-        results.write(NAME, machine.head(), {"rows": merged})
+        results.write(NAME, head, {"rows": merged})
 
 
 def measure(model: str, rows: Sequence[str], sizes: Sequence[str], configurations: int) -> None:

@@ -467,7 +467,8 @@ def search(results: Results) -> str:
                 ]
             )
         drawn = correlations([row for row in of if row.kind == "drawn"])
-        parts.append(heading(model, f"{drawn}{where(result.hardware)}"))
+        hardware = " and ".join(dict.fromkeys(row.hardware for row in of))
+        parts.append(heading(model, f"{drawn}{where(hardware)}"))
         parts.append(table(header, lines))
         wide = [
             [
