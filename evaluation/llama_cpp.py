@@ -157,32 +157,30 @@ class Context:
     """
 
     def __init__(self, file: str, length: int, threads: int, sequences: int = 1) -> None:
-        self.library = library()
-        model = self.library.llama_model_load_from_file(
-            file.encode(), self.library.llama_model_default_params()
-        )
+        self.llama = library()
+        model = self.llama.llama_model_load_from_file(file.encode(), self.llama.llama_model_default_params())
         if model is None:
             raise RuntimeError(f"{file} was not loaded")
-        self.vocabulary = self.library.llama_model_get_vocab(model)
-        self.size: int = self.library.llama_vocab_n_tokens(self.vocabulary)
-        asked = self.library.llama_context_default_params()
+        self.vocabulary = self.llama.llama_model_get_vocab(model)
+        self.size: int = self.llama.llama_vocab_n_tokens(self.vocabulary)
+        asked = self.llama.llama_context_default_params()
         asked.n_ctx = asked.n_batch = asked.n_ubatch = length
         asked.n_seq_max = sequences
-        self.context = self.library.llama_init_from_model(model, asked)
+        self.context = self.llama.llama_init_from_model(model, asked)
         if self.context is None:
             raise RuntimeError(f"there is no context of {length} tokens for {file}")
         made = (
-            self.library.llama_n_ctx(self.context),
-            self.library.llama_n_batch(self.context),
-            self.library.llama_n_ubatch(self.context),
+            self.llama.llama_n_ctx(self.context),
+            self.llama.llama_n_batch(self.context),
+            self.llama.llama_n_ubatch(self.context),
         )
         # each sequence is padded to whole blocks of the cache
         if min(made) < length or max(made) >= length + 256 * sequences:
             raise RuntimeError(f"the context has {made} tokens, not {length}")
-        if (most := self.library.llama_n_seq_max(self.context)) != sequences:
+        if (most := self.llama.llama_n_seq_max(self.context)) != sequences:
             raise RuntimeError(f"the context has {most} sequences, not {sequences}")
-        self.library.llama_set_n_threads(self.context, threads, threads)
-        self.memory = self.library.llama_get_memory(self.context)
+        self.llama.llama_set_n_threads(self.context, threads, threads)
+        self.memory = self.llama.llama_get_memory(self.context)
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits of a sequence, (token, vocabulary).
@@ -190,7 +188,7 @@ class Context:
         Raises:
             RuntimeError: llama.cpp refused the tokens.
         """
-        self.library.llama_memory_clear(self.memory, True)
+        self.llama.llama_memory_clear(self.memory, True)
         return self.read([tokens], 0)
 
     def read(self, sequences: Sequence[Sequence[int]], start: int) -> NDArray[np.float32]:
@@ -210,9 +208,9 @@ class Context:
             seq_id=(ctypes.POINTER(Int) * T)(*owners),
             logits=(ctypes.c_int8 * T)(*T * [1]),
         )
-        if code := self.library.llama_decode(self.context, batch):
+        if code := self.llama.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode gave {code}")
-        found = self.library.llama_get_logits(self.context)
+        found = self.llama.llama_get_logits(self.context)
         return np.ctypeslib.as_array(found, (T, self.size)).copy()
 
     def forget(self, start: int) -> None:
@@ -221,7 +219,7 @@ class Context:
         Raises:
             RuntimeError: The memory of this model can't be cut there.
         """
-        if not self.library.llama_memory_seq_rm(self.memory, -1, start, -1):
+        if not self.llama.llama_memory_seq_rm(self.memory, -1, start, -1):
             raise RuntimeError(f"the memory is not cut at {start} tokens")
 
     def tokens(self, text: str) -> list[int]:
@@ -229,7 +227,7 @@ class Context:
         coded = text.encode()
         room = len(coded) + 8
         found = (Int * room)()
-        count = self.library.llama_tokenize(self.vocabulary, coded, len(coded), found, room, True, False)
+        count = self.llama.llama_tokenize(self.vocabulary, coded, len(coded), found, room, True, False)
         return list(found[:count])
 
 

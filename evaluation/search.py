@@ -167,8 +167,12 @@ class Measurement:
         head = machine.head()
         measured = SearchRow.model_validate(
             {
-                **{"model": self.model, "kind": kind, "row": row, **facts},
-                **{"commit": head.commit, "hardware": head.hardware},
+                "model": self.model,
+                "kind": kind,
+                "row": row,
+                **facts,
+                "commit": head.commit,
+                "hardware": head.hardware,
             }
         )
         print(

@@ -115,8 +115,9 @@ def measured(
 def _can_be_built(model: LayerwiseModel, axis: str, count: int) -> bool:
     """Whether transformers builds the model with so many units of an axis in each layer; with none in those
     that can do without them."""
+    removable = _removable(model)
     kept = [
-        size if count == 0 and (index, axis) not in _removable(model) else min(count, size)
+        size if count == 0 and (index, axis) not in removable else min(count, size)
         for index, size in enumerate(model.widths_of(axis))
     ]
     try:

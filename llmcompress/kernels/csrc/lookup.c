@@ -11,18 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define WIDE 512
-#elif defined(__AVX2__) && defined(__FMA__)
-#define WIDE 256
-#else
-#define WIDE 0
-#endif
-#if WIDE
 #include "lookup_wide.h"
-#endif
-
-static const char *const FORMS[] = {"plain", "avx2", "avx512"};
 
 /* Which form was compiled. */
 const char *lookup_form(void) { return FORMS[WIDE / 256]; }

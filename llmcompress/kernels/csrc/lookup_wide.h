@@ -1,10 +1,23 @@
-/* Sixteen levels looked up in registers: the part of lookup.c that depends on the processor, where WIDE is 512 or 256 bits.
+/* Sixteen levels looked up in registers: the part of lookup.c and packed.c that depends on the processor. WIDE is the width of
+   its registers, 512 or 256 bits; where it is 0 there is plain C alone.
 
    BLOCK columns are looked up at a time, of up to ROWS rows, and multiplied by up to TOKENS tokens. `arrange` puts the inputs of
    a block into the order in which its weights come out of a register; `dots` has y [T, R] of the rows of a tile; `expand_blocks`
    writes the levels of whole blocks in the order of columns, as elements of 4 or 2 bytes, and says up to which column. With
    AVX512-BF16 `arrange_halves` and `dots_halves` do the same, HALVES columns at a time, with inputs and levels in bfloat16; sums
    are floats. */
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WIDE 512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDE 256
+#else
+#define WIDE 0
+#endif
+
+static const char *const FORMS[] = {"plain", "avx2", "avx512"};
+
+#if WIDE
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -223,5 +236,7 @@ INLINE long expand_blocks(const uint8_t *row, long columns, const void *levels, 
     }
     return whole;
 }
+
+#endif
 
 #endif

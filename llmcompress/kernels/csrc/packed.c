@@ -14,16 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define WIDE 512
-#elif defined(__AVX2__) && defined(__FMA__)
-#define WIDE 256
-#else
-#define WIDE 0
-#endif
-#if WIDE
 #include "lookup_wide.h"
-#else
+#if !WIDE
 #define INLINE static inline
 enum { BLOCK = 32, ROWS = 1, TOKENS = 4 };
 #endif
@@ -31,8 +23,6 @@ enum { BLOCK = 32, ROWS = 1, TOKENS = 4 };
 enum { UNIT = 32, MOST = 4 };        /* columns; rows of a tile */
 enum { FLOAT32, FLOAT16, UINT8, NESTED }; /* types of scales */
 enum { DYNAMIC, STATIC, LLM_INT8 };  /* roundings of tokens */
-
-static const char *const FORMS[] = {"plain", "avx2", "avx512"};
 
 /* Which form was compiled. */
 const char *packed_form(void) { return FORMS[WIDE / 256]; }
