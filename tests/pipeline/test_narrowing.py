@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.prune.sublayer_dropping import candidates
 from tests.artefacts import CPU
 from tests.models import pico, tiny
-from tests.pipeline.test_search import Place
+from tests.pipeline.test_search import Place, opened_base
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -146,10 +145,7 @@ def test_the_bytes_of_a_narrower_linear_are_those_that_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the whole width they are those of the solved weights."""
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
-    tiny("llama").save_pretrained(tmp_path / "base")
-    opened = partial(DiskModel, tmp_path / "base", CPU)
-    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
+    opened, text = opened_base("llama", tmp_path, monkeypatch)
     ways = ways_of(palettes("llmcompress"))
     data = CalibrationData(text, text, DataSpec(), "text")
     prices = prices_of(opened, data, 0, ways, untracked)
@@ -184,10 +180,7 @@ def test_widths_that_transformers_does_not_build_are_not_offered() -> None:
 def test_a_width_of_zero_costs_what_the_model_without_the_part_loses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
-    tiny("llama").save_pretrained(tmp_path / "base")
-    opened = partial(DiskModel, tmp_path / "base", CPU)
-    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
+    opened, text = opened_base("llama", tmp_path, monkeypatch)
     data, ways = CalibrationData(text, text, DataSpec(), "text"), ways_of(palettes("llmcompress"))
     model = opened()
     with SearchCache.of(model, data, 0, ways).context(model, data, 0, untracked) as context:

@@ -101,15 +101,22 @@ def test_all_experts_of_a_layer_take_the_same_way(tmp_path: Path, monkeypatch: p
     assert len(formats) == 3 and all(len(each) == 1 for each in formats.values())
 
 
+def opened_base(
+    family: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[partial[DiskModel], torch.Tensor]:
+    """What opens a small base in a folder, which has the cache of searches too, and a text for it."""
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(place / "cache"))
+    tiny(family).save_pretrained(place / "base")
+    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
+    return partial(DiskModel, place / "base", CPU), text
+
+
 def test_a_layer_that_hands_on_keys_and_values_is_offered_fine_formats_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
-    tiny("gemma4_e2b").save_pretrained(tmp_path / "base")
-    opened = partial(DiskModel, tmp_path / "base", CPU)
+    opened, text = opened_base("gemma4_e2b", tmp_path, monkeypatch)
     writers = [index for index, of in enumerate(opened().anatomy.each_layer) if of.writes]
     assert writers
-    text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
     data = CalibrationData(text, text, DataSpec(), "text")
     prices = prices_of(opened, data, 0, ways_of(palettes("llmcompress")), untracked)
     for unit in prices.units:
