@@ -4,8 +4,9 @@ run by look-up.
 A codebook has `entries` levels, for example in float16, and serves `rows` adjacent rows; each weight is an
 index of 2, 3, 4 or 8 bits. `weight` has a first axis of size 1, which no plain linear has, so a stock loader
 refuses it. On a CPU the kernel multiplies by the packed indices (kernels/lut_gemm.py), so memory holds what
-the disk does. With gradients, on other devices and without a C compiler, torch looks up the weight at each
-forward and drops it again. R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+the disk does; on a GPU few tokens have a kernel too (kernels/lookup_dispatch.py). With gradients, for many
+tokens on a GPU and without a C compiler, torch looks up the weight at each forward and drops it again. R rows
+(out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmcompress.algorithms.codebook import ENTRIES, Palette, look_up
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import lut_gemm
+from llmcompress.kernels import lookup_dispatch, lut_gemm
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,16 @@ def _weight(
 def _product(
     input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
 ) -> Tensor:
-    """Multiply an input [..., C] to [..., R] in its type, with the kernel where it can run."""
+    """Multiply an input [..., C] to [..., R] in its type, with a kernel where one can run."""
+    if lookup_dispatch.usable(input):
+        out_TR = lookup_dispatch.few_tokens(
+            input.reshape(-1, shape[1]),
+            packed[0],
+            levels_GL,
+            layout.index_bits,
+            sharing=layout.sharing(shape[0]),
+        )
+        return out_TR.reshape(*input.shape[:-1], shape[0])
     if not _usable(input, packed, levels_GL):
         return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
     x_TC = input.reshape(-1, shape[1])

@@ -3,10 +3,10 @@
 A weight is one of 16 integers times the scale of its group, which may have either sign. The tensors are those
 of llama.cpp's Q4_0 and IQ4_NL in another order, so that an export to GGUF changes no number. They take 4.5
 bits per weight, on disk and in memory. On a CPU a kernel multiplies few tokens with the packed weight and
-expands it a piece at a time for many (kernels/packed_gemm.py). Elsewhere, and where gradients are asked for,
-each forward dequantises the weight and drops it again. `weight` has a first axis of size 1, which no plain
-linear has, so a stock loader refuses it. R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a
-group.
+expands it a piece at a time for many (kernels/packed_gemm.py); on a GPU few tokens have a kernel too
+(kernels/lookup_dispatch.py). Elsewhere, and where gradients are asked for, each forward dequantises the
+weight and drops it again. `weight` has a first axis of size 1, which no plain linear has, so a stock loader
+refuses it. R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a group.
 
 Source: llama.cpp's block_q4_0 and block_iq4_nl, as in the `gguf` package (gguf.quants).
 """
@@ -25,7 +25,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.codebook import pack, unpack
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import packed_gemm
+from llmcompress.kernels import lookup_dispatch, packed_gemm
 
 GROUP_SIZE = 32
 SCALE = "weight_group_scale"
@@ -143,9 +143,25 @@ class GgmlLinear(StoredLinear):
             if self.table is None or not self.table.holds(*stored):
                 self.table = self._table()
             return self.table.linear(input, self.bias)
+        if lookup_dispatch.usable(input, self.bias):
+            return self._few(input)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         W_RC = _weight(self.weight[0], self.weight_group_scale, self.scheme, input.dtype)
         return nn.functional.linear(input, W_RC, bias)
+
+    def _few(self, input: Tensor) -> Tensor:
+        """The product of few tokens on a GPU."""
+        x_TC, levels = input.reshape(-1, self.in_features), LEVELS[self.scheme.format]
+        out_TR = lookup_dispatch.few_tokens(
+            x_TC,
+            self.weight[0],
+            lookup_dispatch.on(input.device, levels)[None],
+            4,
+            scale_RG=self.weight_group_scale,
+            group_size=GROUP_SIZE,
+            bias=self.bias,
+        )
+        return out_TR.reshape(*input.shape[:-1], self.out_features)
 
     def _table(self) -> packed_gemm.Table:
         """The stored tensors as the kernel takes them."""

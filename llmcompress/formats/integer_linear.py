@@ -4,12 +4,12 @@ Its parameters have the names, shapes and bytes on disk, so loading and saving n
 rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32. The result is the
 product of the dequantised factors, up to float32 rounding. Unlike Linear8bitLt, it never goes through
 float16. Few tokens are multiplied by kernels of ours: on a CPU from the packed weight (packed_gemm.py), on a
-GPU by int8_dispatch.py. For many the kernel is torch's on a CPU with AVX512 and bitsandbytes' on a GPU.
-Elsewhere the same integers are summed in float32, which is exact below 2^24: on other CPUs piece by piece,
-about as fast as a float weight (bitsandbytes converts the whole weight in each forward), and on a GPU where C
-% 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the
-packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not prepared, for example
-because its weights are offloaded, expands them in every forward and keeps nothing.
+GPU by int8_dispatch.py, or by lookup_dispatch.py where inputs are not rounded. For many the kernel is torch's
+on a CPU with AVX512 and bitsandbytes' on a GPU. Elsewhere the same integers are summed in float32, which is
+exact below 2^24: on other CPUs piece by piece, about as fast as a float weight (bitsandbytes converts the
+whole weight in each forward), and on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`)
+and kept beside the packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not
+prepared, for example because its weights are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmcompress.formats import bitsandbytes_layout, integer
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import int8_dispatch, packed_gemm
+from llmcompress.kernels import int8_dispatch, lookup_dispatch, packed_gemm
 
 logger = logging.getLogger(__name__)
 # other CPUs multiply int8 one by one, which is slower than floats
@@ -76,6 +76,8 @@ class IntegerLinear(StoredLinear):
         """input [..., C] to [..., R] in the type of `input`."""
         if self._usable(input):
             return self._packed(input)
+        if self.scheme.activations == "none" and self._looked_up(input):
+            return self._few(input)
         matrix = self.matrix()
         if self.scheme.activations == "none":
             return self._unrounded(input, matrix)
@@ -117,6 +119,32 @@ class IntegerLinear(StoredLinear):
                 self.table = self._table(size)
             out_TR = self.table.product(x_TC, self.bias)
         return out_TR.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _looked_up(self, input: Tensor) -> bool:
+        """Whether the GPU kernel for unrounded inputs takes this one."""
+        size = self.scheme.group_size
+        fits = size is None or lookup_dispatch.takes_groups(size, self.in_features)
+        return fits and lookup_dispatch.usable(input, self.bias)
+
+    def _few(self, input: Tensor) -> Tensor:
+        """The product of few unrounded tokens on a GPU."""
+        x_TC, size, scale_R = input.reshape(-1, self.in_features), self.scheme.group_size, self.weight_scale
+        if size is None:
+            out_TR = lookup_dispatch.few_tokens(
+                x_TC, self.weight[0], None, 8, row_scale_R=scale_R, bias=self.bias
+            )
+        else:
+            out_TR = lookup_dispatch.few_tokens(
+                x_TC,
+                self.weight,
+                lookup_dispatch.on(input.device, LEVELS)[None],
+                4,
+                scale_RG=self.weight_multiplier,
+                group_size=size,
+                row_scale_R=scale_R,
+                bias=self.bias,
+            )
+        return out_TR.reshape(*input.shape[:-1], self.out_features)
 
     def _table(self, group_size: int) -> packed_gemm.Table:
         """A 4-bit weight as our kernel takes it with unrounded inputs."""
