@@ -55,6 +55,9 @@ SCRIPTS = {
     "vocabulary-memory": Script(
         "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
     ),
+    "calibration-text": Script(
+        "calibration_text", "30 min", "what a run loses with less text, more text, and text of other kinds"
+    ),
     "kv-cache": Script(
         "kv_cache", "15 min", "KV caches in 8 and 4 bits, beside those of transformers, at three lengths"
     ),

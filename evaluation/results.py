@@ -640,6 +640,20 @@ class CacheRow(Facts):
     nf4_kl_nats: float
 
 
+class CalibrationTextRow(Facts):
+    """What calibration with so many tokens of a kind of text lost on a model's own evaluation text."""
+
+    model: str
+    text: str
+    tokens: int
+    seed: int
+    kl_nats_mean: float
+    perplexity: float
+    seconds: float
+    commit: str
+    hardware: str
+
+
 Row = TypeVar("Row")
 Held = TypeVar("Held", bound=BaseModel)
 
