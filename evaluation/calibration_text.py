@@ -17,9 +17,10 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS, WIKITEXT, Subject
@@ -46,7 +47,7 @@ def written(base: str, file: Path, seed: int) -> None:
     token, a blank line between them."""
     folder = find_base(base).folder
     tokenizer = require_tokenizer(tokenizer_of(folder))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     torch.manual_seed(seed)
     texts = list[str]()

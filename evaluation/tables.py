@@ -1091,8 +1091,9 @@ SECTIONS = (
     ),
     Section(
         "How much text, and of which kind",
-        "`nf4-gptq` with little and much of the text that a model is evaluated on, and with 65 thousand tokens "
-        "of other kinds: `python -m evaluation calibration-text`. The loss is that on the model's own kind.",
+        "`nf4-gptq` with little and much of the text that a model is evaluated on, and with 65 thousand "
+        "tokens of other kinds: `python -m evaluation calibration-text`. The loss is that on the model's own "
+        "kind.",
         calibration_text,
     ),
     Section(
