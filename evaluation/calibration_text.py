@@ -35,6 +35,7 @@ from llmcompress.recipe.recipe import Recipe
 
 NAME = "calibration_text"
 AMOUNTS = (4, 16, 64, 256, 1024, 4096)  # sequences of LENGTH tokens
+MOST = {"demo": 2048}  # of which there are so many in the text of a model
 SAMPLES = 256  # sequences of each kind
 BATCH = 32  # sequences that a model writes at a time
 OWN, WRITTEN = "its own kind", "written by the model"
@@ -112,7 +113,8 @@ def main(argv: Sequence[str]) -> int:
             os.environ["LLMCOMPRESS_CACHE"] = place
             for seed in range(given.seeds):
                 for samples in given.samples if "amounts" in given.rows else ():
-                    measure(model, OWN, MODELS[model].text, samples, seed, Path(place))
+                    most = min(samples, MOST.get(model, samples))
+                    measure(model, OWN, MODELS[model].text, most, seed, Path(place))
                 if "kinds" in given.rows:
                     for kind, text in kinds(MODELS[model], Path(place), seed):
                         measure(model, kind, text, SAMPLES, seed, Path(place))
