@@ -37,14 +37,15 @@ NAME = "calibration_text"
 AMOUNTS = (4, 16, 64, 256, 1024, 4096)  # sequences of LENGTH tokens
 MOST = {"demo": 2048}  # of which there are so many in the text of a model
 SAMPLES = 256  # sequences of each kind
-BATCH = 32  # sequences that a model writes at a time
+WRITES = 320  # sequences that a model writes; a tenth is kept for evaluation
+BATCH = 32  # of them at a time
 OWN, WRITTEN = "its own kind", "written by the model"
 STAGE = {"quantize": {"format": "nf4", "rounding": "gptq"}}
 ROWS = ("amounts", "kinds")
 
 
 def written(base: str, file: Path, seed: int) -> None:
-    """Write SAMPLES sequences that a model samples from its own predictions, from nothing but its first
+    """Write sequences that a model samples from its own predictions, from nothing but its first
     token, a blank line between them."""
     folder = find_base(base).folder
     tokenizer = require_tokenizer(tokenizer_of(folder))
@@ -52,7 +53,7 @@ def written(base: str, file: Path, seed: int) -> None:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     torch.manual_seed(seed)
     texts = list[str]()
-    for _ in range(SAMPLES // BATCH):
+    for _ in range(WRITES // BATCH):
         begun = torch.full((BATCH, 1), 0 if first is None else first)
         told = model.generate(begun, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=True, top_k=0)
         texts += tokenizer.batch_decode(told, skip_special_tokens=True)
