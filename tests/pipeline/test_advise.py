@@ -31,6 +31,8 @@ from llmcompress.stages.machine import Machine as TimedMachine
 from llmcompress.stages.machine import UntimedMachine
 from tests.bases import save_base, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 RESULTS = Path(__file__).parents[2] / "evaluation" / "results"
 SMOL = MODELS["smollm2-135m"]
 
