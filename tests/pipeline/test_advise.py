@@ -20,9 +20,10 @@ from llmcompress.exports.registry import TARGETS
 from llmcompress.modeling import layerwise, model_config
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.pipeline import advise as advise_module
-from llmcompress.pipeline.advise import Candidate, advise, beats, filled, nearest, ranked
+from llmcompress.pipeline.advise import advise
 from llmcompress.pipeline.engines import planned_of
 from llmcompress.pipeline.plan import foretold
+from llmcompress.pipeline.ranking import Candidate, beats, filled, nearest, ranked
 from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe import catalogue, shipped
 from llmcompress.recipe.catalogue import MODELS, NATIVE, PLUGIN, TRANSFORMERS, Measured
