@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import machine, results
-from evaluation.models import MODELS, present
+from evaluation.models import SUBJECTS, present
 from evaluation.options import parser
 from evaluation.results import TwoSidedRow
 from evaluation.runs import known, losses, run, seconds
@@ -29,7 +29,7 @@ ROUNDINGS = ("nearest", "gptq", "learned")
 
 def measure(model: str, rounding: str, two_sided: bool) -> TwoSidedRow:
     """Run one rounding on one model."""
-    subject, settings = MODELS[model], FORMAT | {"rounding": rounding}
+    subject, settings = SUBJECTS[model], FORMAT | {"rounding": rounding}
     if two_sided:
         settings |= {"two_sided": True}
     recipe = Recipe.model_validate({"data": subject.data(), "stages": [{"quantize": settings}]})
@@ -54,7 +54,7 @@ def measure(model: str, rounding: str, two_sided: bool) -> TwoSidedRow:
 def main(argv: Sequence[str]) -> int:
     """Measure every rounding on every model, and write each row."""
     options = parser("two-sided", __doc__)
-    options.add_argument("--models", nargs="+", choices=MODELS, default=present())
+    options.add_argument("--models", nargs="+", choices=SUBJECTS, default=present())
     options.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     given = machine.parse(options, argv, threads=1)
     for model in given.models:

@@ -70,9 +70,10 @@ def fisher(context: Context, index: int) -> Tensor:
 
 
 def outputs_fisher(context: Context, index: int) -> dict[str, Tensor]:
-    """The matrices of the outputs of a layer's linears, by their names in it, if `find_fisher` was asked for
-    them; in blocks, as `two_sided.add_blocks` leaves them."""
-    return context.journal.load(OUTPUTS, index)
+    """The matrices of the outputs of a layer's linears, by their names in it, in blocks as
+    `two_sided.add_blocks` leaves them; none if `find_fisher` was not called, as no linear has a grid."""
+    journal = context.journal
+    return journal.load(OUTPUTS, index) if journal.has(OUTPUTS, index) else {}
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:

@@ -87,9 +87,9 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     if ((stage.rounding == "learned" or stage.two_sided) and learning) or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.two_sided:
-        time += _two_sided(
-            stage, work, [shape for shape, scheme, _ in schemes if isinstance(scheme, GridScheme)]
-        )
+        # experts, which read a share of the tokens, are solved as ever
+        weighed = [shape for shape, scheme, share in schemes if isinstance(scheme, GridScheme) and share == 1]
+        time += _two_sided(stage, work, weighed)
     if stage.protect:
         work = replace(work, tokens=min(work.tokens, sensitivity.TOKENS))
         time += _protection(stage, work, schemes)
