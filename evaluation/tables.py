@@ -60,6 +60,7 @@ from evaluation.results import (
     Speed,
     SublayerRow,
     ThroughputRow,
+    TwoSidedRow,
     VocabularyMemoryRow,
     load,
 )
@@ -311,6 +312,24 @@ def bos(results: Results) -> str:
     header = ["recipe", *(f"calibrated {words[one]}, evaluated {words[other]}" for one, other in cases)]
     names = dict.fromkeys(recipe for recipe, *_ in found)
     lines = [[name, *(f"{found[name, one, other]:.5f}" for one, other in cases)] for name in names]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def two_sided(results: Results) -> str:
+    """KL of each rounding with rows by themselves and together, over stock's, and the seconds of both."""
+    if (result := results.load("two_sided", Rows[TwoSidedRow])) is None:
+        return ""
+    found = {(row.model, row.rounding, row.two_sided): row for row in result.rows}
+    header = ["model", "rounding", "KL, nats/token", "with `two_sided`", "over stock's", "with it"]
+    header += ["s of the processor", "with it"]
+    lines = []
+    for (model, rounding, together), row in found.items():
+        alone, stock = found.get((model, rounding, False)), found.get((model, "nearest", False))
+        if together and alone and stock:
+            pair = (alone, row)
+            cells = [f"{each.kl_nats_mean:.5f}" for each in pair]
+            cells += [f"{each.kl_nats_mean / stock.kl_nats_mean:.3f}" for each in pair]
+            lines.append([model, rounding, *cells, *(f"{each.cpu_seconds:.0f}" for each in pair)])
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
@@ -1024,6 +1043,12 @@ SECTIONS = (
         "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated "
         "with and without it: `python -m evaluation bos`.",
         bos,
+    ),
+    Section(
+        "Rows rounded together",
+        "NF4 with groups of 64 and scales in 8 bits, with `two_sided` and without, whole runs with their "
+        "evaluation: `python -m evaluation two-sided`.",
+        two_sided,
     ),
     Section(
         "GGUF",
