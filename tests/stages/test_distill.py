@@ -338,8 +338,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(tmp_path / "cache")))
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(tmp_path_factory.mktemp("cache"))))
 
 
 @pytest.mark.slow(keep=1)
