@@ -23,6 +23,9 @@ SCRIPTS = {
         "rivals.quantizers", "20 min", "AutoRound, GPTQModel and llm-compressor on the same sequences"
     ),
     "ablation": Script("ablation", "15 min", "what each ingredient of the 4-bit solver contributes"),
+    "two-sided": Script(
+        "two_sided", "3 h", "4-bit roundings of each row by itself and of all rows of a linear together"
+    ),
     "outliers": Script(
         "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"
     ),
@@ -54,6 +57,9 @@ SCRIPTS = {
     ),
     "vocabulary-memory": Script(
         "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
+    ),
+    "calibration-text": Script(
+        "calibration_text", "30 min", "what a run loses with less text, more text, and text of other kinds"
     ),
     "kv-cache": Script(
         "kv_cache", "15 min", "KV caches in 8 and 4 bits, beside those of transformers, at three lengths"

@@ -236,6 +236,20 @@ class BosRow(Facts):
     top1_agreement: float
 
 
+class TwoSidedRow(Loss):
+    """A rounding on a model, with or without all rows of a linear rounded together."""
+
+    model: str
+    rounding: str
+    two_sided: bool
+    size_bytes: int
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int | None
+    commit: str
+    hardware: str
+
+
 class GgufRow(Loss):
     """A model in a format of llama.cpp: what rounded it, and how far its logits in llama.cpp, on `tokens`
     tokens, are from those in transformers."""
@@ -638,6 +652,20 @@ class CacheRow(Facts):
     bytes_per_token: float
     plain_bytes_per_token: float
     nf4_kl_nats: float
+
+
+class CalibrationTextRow(Facts):
+    """What calibration with so many tokens of a kind of text lost on a model's own evaluation text."""
+
+    model: str
+    text: str
+    tokens: int
+    seed: int
+    kl_nats_mean: float
+    perplexity: float
+    seconds: float
+    commit: str
+    hardware: str
 
 
 Row = TypeVar("Row")

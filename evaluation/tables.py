@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from evaluation import recipe_heads
 from evaluation.baselines import MEANING, STAGES, STOCK
@@ -26,6 +27,7 @@ from evaluation.results import (
     AttentionRow,
     BosRow,
     CacheRow,
+    CalibrationTextRow,
     CodebookSpeedRow,
     CompressionSpeedRow,
     CostRow,
@@ -58,6 +60,7 @@ from evaluation.results import (
     Speed,
     SublayerRow,
     ThroughputRow,
+    TwoSidedRow,
     VocabularyMemoryRow,
     load,
 )
@@ -312,6 +315,24 @@ def bos(results: Results) -> str:
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
+def two_sided(results: Results) -> str:
+    """KL of each rounding with rows by themselves and together, over stock's, and the seconds of both."""
+    if (result := results.load("two_sided", Rows[TwoSidedRow])) is None:
+        return ""
+    found = {(row.model, row.rounding, row.two_sided): row for row in result.rows}
+    header = ["model", "rounding", "KL, nats/token", "with `two_sided`", "over stock's", "with it"]
+    header += ["s of the processor", "with it"]
+    lines = []
+    for (model, rounding, together), row in found.items():
+        alone, stock = found.get((model, rounding, False)), found.get((model, "nearest", False))
+        if together and alone and stock:
+            pair = (alone, row)
+            cells = [f"{each.kl_nats_mean:.5f}" for each in pair]
+            cells += [f"{each.kl_nats_mean / stock.kl_nats_mean:.3f}" for each in pair]
+            lines.append([model, rounding, *cells, *(f"{each.cpu_seconds:.0f}" for each in pair)])
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
 def gguf(results: Results) -> str:
     """llama.cpp's formats: what is lost by whose rounding, and what llama.cpp computes of it."""
     if (result := results.load("gguf", Rows[GgufRow])) is None:
@@ -433,6 +454,32 @@ def healing(results: Results) -> str:
         cut = f"Cut by {rows[0].cut}: KL {rows[0].kl_cut:.4f} before training."
         base = f"Perplexity of the base {rows[0].base_perplexity:.2f}."
         parts.append(heading(model, f"{cut} {base} {where(result.hardware)}"))
+        parts.append(table(header, lines))
+    return joined(parts)
+
+
+def calibration_text(results: Results) -> str:
+    """The mean loss over seeds for each amount and kind of text, and the range of the seeds."""
+    if (result := results.load("calibration_text", Rows[CalibrationTextRow])) is None:
+        return ""
+    header = ["text", "thousand tokens", "KL, nats/token", "of each seed", "seconds"]
+    parts = []
+    for model in dict.fromkeys(row.model for row in result.rows):
+        of = [row for row in result.rows if row.model == model]
+        lines = []
+        for text, tokens in dict.fromkeys((row.text, row.tokens) for row in of):
+            rows = [row for row in of if (row.text, row.tokens) == (text, tokens)]
+            losses = [row.kl_nats_mean for row in rows]
+            lines.append(
+                [
+                    text,
+                    f"{tokens / 1000:.0f}",
+                    f"{mean(losses):.4g}",
+                    ", ".join(f"{loss:.4g}" for loss in losses),
+                    f"{mean(row.seconds for row in rows):.0f}",
+                ]
+            )
+        parts.append(heading(model, where(" and ".join(dict.fromkeys(row.hardware for row in of)))))
         parts.append(table(header, lines))
     return joined(parts)
 
@@ -998,6 +1045,12 @@ SECTIONS = (
         bos,
     ),
     Section(
+        "Rows rounded together",
+        "NF4 with groups of 64 and scales in 8 bits, with `two_sided` and without, whole runs with their "
+        "evaluation: `python -m evaluation two-sided`.",
+        two_sided,
+    ),
+    Section(
         "GGUF",
         "Linears in llama.cpp's 4-bit formats, by GPTQ here and by llama.cpp's own quantiser without an "
         "importance matrix, each measured against the base in transformers. Ours are also run by llama.cpp "
@@ -1060,6 +1113,13 @@ SECTIONS = (
         "feed-forward parts left out; and what the model loses without each of these parts, with the nats/MB "
         "from which it is better left out than in any format: `python -m evaluation other-choices`.",
         other_choices,
+    ),
+    Section(
+        "How much text, and of which kind",
+        "`nf4-gptq` with little and much of the text that a model is evaluated on, and with 65 thousand "
+        "tokens of other kinds: `python -m evaluation calibration-text`. The loss is that on the model's own "
+        "kind.",
+        calibration_text,
     ),
     Section(
         "Distillation after pruning",

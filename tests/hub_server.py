@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote
 
+from tests.caches import own_cache
 from tests.hub_cards import wrong_with
 
 TOKEN = "hf_test"  # the owner's: sees and writes everything
@@ -529,7 +530,7 @@ def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str
         "no_proxy": "*",
     }
     places = {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_DATASETS_CACHE": f"{home}/datasets"}
-    places["LLMCOMPRESS_CACHE"] = f"{home}/llmcompress"
+    places["LLMCOMPRESS_CACHE"] = str(own_cache(home / "llmcompress"))
     on = dict.fromkeys(
         ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"
     )

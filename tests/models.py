@@ -6,6 +6,8 @@ weight is random, norms and biases too, and large enough that each has a say in 
 milliseconds and 0.5 MB each.
 """
 
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,6 +149,12 @@ def config_of(name: str) -> PretrainedConfig:
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A small config of any type, with a layer of each kind, and two that share weights if any do."""
+    return deepcopy(_tiny_config(model_type))
+
+
+@cache
+def _tiny_config(model_type: str) -> PretrainedConfig:
+    """It takes a second for some types, as it looks at a whole model."""
     config = config_of(model_type)
     whole = skeleton(config, torch.float32)
     return shrunk(config, depth_needed(whole, paths_of_layers(whole)[0]))

@@ -21,6 +21,7 @@ import llmcompress
 from llmcompress.cli.app import app
 from llmcompress.recipe import shipped
 from llmcompress.recipe.recipe import Recipe
+from tests.caches import own_cache
 from tests.pages import PAGES, README, ROOT, Block, blocks, read
 
 INTERNAL = ROOT / "docs" / "architecture.md"  # for who changes the package: test_worked_examples.py runs it
@@ -126,7 +127,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "LLMCOMPRESS_CACHE": str(folder / "cache"),
+        "LLMCOMPRESS_CACHE": str(own_cache(folder / "cache")),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import llmcompress
+from tests.caches import own_cache
 from tests.pages import ROOT
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -45,7 +46,7 @@ def test_a_script_imports_public_names_and_says_how_it_is_run(script: Path) -> N
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one script keeps for the next."""
-    return tmp_path_factory.mktemp("cache")
+    return own_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.slow

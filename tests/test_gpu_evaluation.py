@@ -186,7 +186,8 @@ def test_the_steps_come_in_the_order_of_their_worth_and_write_to_one_folder(tmp_
     tests, layers, first, decode, rest, small, losses = commands
     assert "-m pytest -q -m gpu" in tests
     assert all(
-        f"tests/kernels/test_{kernels}.py" in tests for kernels in ("int8_dispatch", "column_loops_gpu")
+        f"tests/kernels/test_{kernels}.py" in tests
+        for kernels in ("int8_dispatch", "column_loops_gpu", "lookup_dispatch")
     )
     assert layers.endswith("gpu_compression.json --models 8b-4-layers --methods nf4-gptq")
     assert first.startswith("-m evaluation gpu-compression --limit 270 ")

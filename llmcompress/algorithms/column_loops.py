@@ -66,6 +66,27 @@ def move_columns(
     return D_BR
 
 
+def move_together(
+    near_BR: Tensor, H_BB: Tensor, F_RR: Tensor, Q_BR: Tensor, S_BR: Tensor, grid: Grid, index_BR: Tensor
+) -> Tensor:
+    """Move the weights of a block one by one, along each column in turn, to their best levels, with all else
+    fixed.
+
+    As `move_columns`, but rows count together by F, and `near_BR` is minus half the gradient under both. A
+    row whose diagonal entry in F is zero is left alone too.
+    """
+    D_BR = torch.zeros_like(near_BR)
+    weighs = F_RR.diagonal().tolist()
+    for c, curvature in enumerate(H_BB.diagonal().tolist()):
+        for r, weigh in enumerate(weighs):
+            if curvature > 0 and weigh > 0:
+                best = Q_BR[c, r] + near_BR[c, r] / (curvature * weigh)
+                index_BR[c, r] = grid.nearest((best / S_BR[c, r])[None])[0]
+                D_BR[c, r] = grid.levels[index_BR[c, r]] * S_BR[c, r] - Q_BR[c, r]
+                near_BR[c:].addr_(H_BB[c:, c] * D_BR[c, r], F_RR[r], alpha=-1)
+    return D_BR
+
+
 @dataclass(frozen=True)
 class ColumnLoops:
     """The loops that a solver uses: these, or faster ones that do the same."""
@@ -73,6 +94,7 @@ class ColumnLoops:
     search: Callable[[Tensor, Tensor, Grid, int, Sequence[float]], Tensor]
     round_columns: Callable[[Tensor, Tensor, Tensor, Grid], tuple[Tensor, Tensor]]
     move_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Grid, Tensor], Tensor]
+    move_together: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Grid, Tensor], Tensor]
 
 
-PLAIN = ColumnLoops(search, round_columns, move_columns)
+PLAIN = ColumnLoops(search, round_columns, move_columns, move_together)

@@ -19,6 +19,7 @@ from llmcompress.algorithms.column_loops import PLAIN, ColumnLoops
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.scales import fit_scales, search_scales, spread
+from llmcompress.algorithms.two_sided import damped_blocks, descend_together
 
 Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the nearest storable scales
 
@@ -48,13 +49,15 @@ def solve(
     rounds: int = 3,
     damp: float = 0.01,
     factor: tuple[Tensor, Tensor] | None = None,
+    F_RB: Tensor | None = None,
     loops: ColumnLoops = PLAIN,
 ) -> RoundedWeight:
     """Return codes and scales of W under the second moments H of its inputs.
 
     `signs` are the starts that are tried: with scales of both signs (True), with positive ones (False). With
     `snap`, codes are for the storable scales nearest to the fitted ones; the scales are returned before
-    snapping. `factor` is the `ordered_factor` of H, if it is known already.
+    snapping. `factor` is the `ordered_factor` of H, if it is known already. With the Fisher matrix `F_RB` of
+    the outputs, in blocks as `two_sided.add_blocks` leaves it, codes then descend on tr(F E H E^T).
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; each group of
     columns has one scale.
@@ -72,6 +75,8 @@ def solve(
         found = fit_scales(W_RC, H_CC, grid.levels[index], scale, product_RC)
         scale = snap(found)
         index = descend(W_RC, H_CC, index, scale, grid, loops=loops)
+    if F_RB is not None:
+        index = descend_together(W_RC, H_CC, damped_blocks(F_RB), index, scale, grid, loops=loops)
     return RoundedWeight(index, found)
 
 

@@ -132,6 +132,7 @@ def kernels() -> list[Facts]:
         ("codebook", "cpu", _codebook),
         ("calibration", "cpu", _solver),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cuda", _integer_gpu),
+        ("q4_0, iq4_nl, codebook", "cuda", _lookup_gpu),
         ("calibration", "cuda", _solver_gpu),
     )
     found = list[Facts]()
@@ -216,6 +217,13 @@ def _integer_gpu() -> tuple[bool, str]:
         "Triton kernels, and bitsandbytes' int8 product for many tokens",
         "bitsandbytes' int8 product and slower torch operations around it",
     )
+
+
+def _lookup_gpu() -> tuple[bool, str]:
+    from llmcompress.kernels import lookup_dispatch
+
+    other = "torch, after the weight is dequantised"
+    return _triton(lookup_dispatch.KERNELS, f"a Triton kernel, on few tokens; for many, {other}", other)
 
 
 def _solver_gpu() -> tuple[bool, str]:

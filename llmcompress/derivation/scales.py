@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.derivation.subject import LENGTH, Subject, same
-from llmcompress.integrations.layer_calls import Handed, called, entering
+from llmcompress.integrations.layer_calls import Handed, called, entering, of_batch
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
 
@@ -174,11 +174,14 @@ def _probed(subject: Subject, index: int, seen: Seen) -> dict[str, dict[str, Ten
         if not any(same(seen.inputs[name], seen.inputs[other]) for other in linears[:place])
     ]
     found: dict[str, dict[str, Tensor]] = {}
+    entered = _entered(subject, index)
     for place, producer in enumerate(linears):
         R, _ = shape_of(layer.get_submodule(producer))
         later = [name for name in linears[place + 1 :] if name in first]
-        plain = _inputs(subject, index, producer, torch.zeros(1, R), later)
-        grown = _inputs(subject, index, producer, torch.eye(R), later)
+        if not later:
+            continue
+        plain = _inputs(subject, index, entered, producer, torch.zeros(1, R), later)
+        grown = _inputs(subject, index, entered, producer, torch.eye(R), later)
         for reader, x_RTC in grown.items():
             if (unit_C := _units(plain[reader], x_RTC)) is not None:
                 found.setdefault(producer, {})[reader] = unit_C
@@ -194,11 +197,29 @@ def _units(plain_1TC: Tensor, grown_RTC: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
+def _entered(subject: Subject, index: int) -> tuple[Tensor, Handed]:
+    """The states [1, L, W] of one sequence that enter a layer, and what the layers before it hand on."""
+    states, arguments = entering(subject.model, subject.layers, subject.tokens[0][:1], subject.form)
+    handed: Handed = {}
+    for other in range(index):
+        states, handed = called(subject.layers[other], states, arguments[other], subject.form, handed)
+    return states, handed
+
+
+@torch.no_grad()
 def _inputs(
-    subject: Subject, index: int, producer: str, grown_SR: Tensor, readers: Sequence[str]
+    subject: Subject,
+    index: int,
+    entered: tuple[Tensor, Handed],
+    producer: str,
+    grown_SR: Tensor,
+    readers: Sequence[str],
 ) -> dict[str, Tensor]:
-    """The inputs [S, T, C] of some linears of a layer for S equal sequences, with some outputs of the
-    producer larger in each. All its outputs are raised to above zero before, so that no relu hides one."""
+    """The inputs [S, T, C] of some linears of a layer for S copies of the sequence that `entered` it,
+    with some outputs of the producer larger in each.
+
+    All its outputs are raised to above zero before, so that no relu hides one.
+    """
     layer, found = subject.layers[index], dict[str, Tensor]()
     sequences = len(grown_SR)
     tokens = subject.tokens[0][:1].expand(sequences, -1).contiguous()
@@ -214,10 +235,10 @@ def _inputs(
     hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in readers]
     hooks.append(layer.get_submodule(producer).register_forward_hook(grow))
     try:
-        states, arguments = entering(subject.model, subject.layers, tokens, subject.form)
-        handed: Handed = {}
-        for other in range(index + 1):
-            states, handed = called(subject.layers[other], states, arguments[other], subject.form, handed)
+        _, arguments = entering(subject.model, subject.layers, tokens, subject.form)
+        states_1LW, handed = entered
+        states, all_handed = torch.cat([states_1LW] * sequences), of_batch([handed] * sequences)
+        called(layer, states, arguments[index], subject.form, all_handed)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,9 +16,9 @@ from llmcompress.exports.target import Target, Written
 from llmcompress.io.checkpoint import read_json
 from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, number
-from llmcompress.report.console import nats
 from llmcompress.report.model_card import INHERITED
 from llmcompress.report.redaction import for_others
+from llmcompress.report.rows import nats
 from llmcompress.report.schema import Report
 
 FILE = "export.json"

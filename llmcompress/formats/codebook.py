@@ -4,8 +4,9 @@ run by look-up.
 A codebook has `entries` levels, for example in float16, and serves `rows` adjacent rows; each weight is an
 index of 2, 3, 4 or 8 bits. `weight` has a first axis of size 1, which no plain linear has, so a stock loader
 refuses it. On a CPU the kernel multiplies by the packed indices (kernels/lut_gemm.py), so memory holds what
-the disk does. With gradients, on other devices and without a C compiler, torch looks up the weight at each
-forward and drops it again. R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+the disk does; on a GPU few tokens have a kernel too (kernels/lookup_dispatch.py). With gradients, for many
+tokens on a GPU and without a C compiler, torch looks up the weight at each forward and drops it again. R rows
+(out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmcompress.algorithms.codebook import ENTRIES, Palette, look_up
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import lut_gemm, operators
+from llmcompress.kernels import lookup_dispatch, lut_gemm, operators
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,15 @@ def _weight(
 def codebook_linear(
     x: Tensor, rows: int, packed: Tensor, levels_GL: Tensor, sharing: int, bits: int
 ) -> Tensor:
-    """Multiply x [..., C] by the stored tensors of a CodebookLinear, with the kernel where it can run.
+    """Multiply x [..., C] by the stored tensors of a CodebookLinear, with a kernel where one can run.
     `sharing` adjacent rows share a codebook."""
     C = x.shape[-1]
-    if not _usable(x, packed, levels_GL):
+    if lookup_dispatch.usable(x):
+        out_TR = lookup_dispatch.few_tokens(x.reshape(-1, C), packed[0], levels_GL, bits, sharing=sharing)
+    elif _usable(x, packed, levels_GL):
+        out_TR = lut_gemm.product(x.reshape(-1, C), packed[0], levels_GL, sharing, bits)
+    else:
         return nn.functional.linear(x, _weight(packed, levels_GL, sharing, bits, C, x.dtype))
-    out_TR = lut_gemm.product(x.reshape(-1, C), packed[0], levels_GL, sharing, bits)
     return out_TR.reshape(*x.shape[:-1], rows)
 
 
@@ -210,14 +214,14 @@ class _LookUp(torch.autograd.Function):
         ctx: Any, input: Tensor, rows: int, packed: Tensor, levels_GL: Tensor, sharing: int, bits: int
     ) -> Tensor:
         ctx.save_for_backward(packed, levels_GL)
-        ctx.sizes = sharing, bits, input.shape[-1]
+        ctx.sharing, ctx.bits, ctx.columns = sharing, bits, input.shape[-1]
         return codebook_linear(input, rows, packed, levels_GL, sharing, bits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         packed, levels_GL = ctx.saved_tensors
-        weight = _weight(packed, levels_GL, *ctx.sizes, grads[0].dtype)
-        return (grads[0] @ weight, None, None, None, None, None)
+        W_RC = _weight(packed, levels_GL, ctx.sharing, ctx.bits, ctx.columns, grads[0].dtype)
+        return grads[0] @ W_RC, None, None, None, None, None
 
 
 def _usable(input: Tensor, *stored: Tensor) -> bool:
@@ -244,17 +248,17 @@ class CodebookLinear(StoredLinear):
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         sharing, bits = self.scheme.sharing(self.out_features), self.scheme.index_bits
-        stored = self.out_features, self.weight, self.weight_levels, sharing, bits
+        stored = self.weight, self.weight_levels, sharing, bits
         out: Tensor
         if operators.traced(input, self.bias):
-            out = torch.ops.llmcompress.codebook_linear.default(input, *stored)
+            out = torch.ops.llmcompress.codebook_linear.default(input, self.out_features, *stored)
         elif torch.compiler.is_compiling():
-            W_RC = _weight(*stored[1:], self.in_features, input.dtype)
+            W_RC = _weight(*stored, self.in_features, input.dtype)
             return nn.functional.linear(input, W_RC, bias)
         elif torch.is_grad_enabled() and input.requires_grad:
-            out = _LookUp.apply(input, *stored)  # type: ignore[no-untyped-call]
+            out = _LookUp.apply(input, self.out_features, *stored)  # type: ignore[no-untyped-call]
         else:
-            out = codebook_linear(input, *stored)
+            out = codebook_linear(input, self.out_features, *stored)
         return out if bias is None else out + bias
 
     def extra_repr(self) -> str:

@@ -143,15 +143,14 @@ def four_bit_linear(
 ) -> Tensor:
     """Multiply x [..., C] by the stored tensors of a linear in nf4 or fp4, without a gradient: on a CPU by
     our kernel, for many tokens a piece of the weight at a time."""
-    nested = () if nested_absmax is None else (nested_absmax, nested_levels, offset)
+    nested = None
+    if nested_absmax is not None and nested_levels is not None and offset is not None:
+        nested = nested_absmax, nested_levels, offset
     if packed_gemm.usable(x, bias, few=None) and group_size % packed_gemm.UNIT == 0:
-        levels, sizes = _levels(format), (rows, x.shape[-1], group_size)
-        more = dict(zip(("nested", "nested_levels", "offset"), nested, strict=False))
-        table = packed_gemm.table_of(weight, levels, absmax, *sizes, **more)
-        return table.linear(x, bias)
-    stored = {"weight": weight, "weight_absmax": absmax}
-    stored |= {name: one for name, one in zip(NESTED, nested, strict=False) if one is not None}
-    layout = FourBitLayout(format, group_size, bool(nested))
+        sizes = rows, x.shape[-1], group_size
+        return packed_gemm.table_of(weight, _levels(format), absmax, *sizes, nested).linear(x, bias)
+    stored = {"weight": weight, "weight_absmax": absmax, **dict(zip(NESTED, nested or (), strict=False))}
+    layout = FourBitLayout(format, group_size, nested is not None)
     W_RC = bitsandbytes_layout.dequantize(read(stored, layout, rows, x.shape[-1]), x.dtype)
     return nn.functional.linear(x, W_RC, None if bias is None else bias.to(x.dtype))
 

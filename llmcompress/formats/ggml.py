@@ -3,10 +3,10 @@
 A weight is one of 16 integers times the scale of its group, which may have either sign. The tensors are those
 of llama.cpp's Q4_0 and IQ4_NL in another order, so that an export to GGUF changes no number. They take 4.5
 bits per weight, on disk and in memory. On a CPU a kernel multiplies few tokens with the packed weight and
-expands it a piece at a time for many (kernels/packed_gemm.py). Elsewhere, and where gradients are asked for,
-each forward dequantises the weight and drops it again. `weight` has a first axis of size 1, which no plain
-linear has, so a stock loader refuses it. R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a
-group.
+expands it a piece at a time for many (kernels/packed_gemm.py); on a GPU few tokens have a kernel too
+(kernels/lookup_dispatch.py). Elsewhere, and where gradients are asked for, each forward dequantises the
+weight and drops it again. `weight` has a first axis of size 1, which no plain linear has, so a stock loader
+refuses it. R rows (out), C columns (in), G = C / 32 groups, S = 32 columns of a group.
 
 Source: llama.cpp's block_q4_0 and block_iq4_nl, as in the `gguf` package (gguf.quants).
 """
@@ -25,7 +25,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.codebook import pack, unpack
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import operators, packed_gemm
+from llmcompress.kernels import lookup_dispatch, operators, packed_gemm
 
 GROUP_SIZE = 32
 SCALE = "weight_group_scale"
@@ -130,12 +130,23 @@ def _weight(packed_RB: Tensor, scale_RG: Tensor, format: str, dtype: torch.dtype
 def ggml_linear(
     x: Tensor, rows: int, weight: Tensor, scale_RG: Tensor, bias: Tensor | None, format: str
 ) -> Tensor:
-    """Multiply x [..., C] by the stored tensors of a GgmlLinear: on a CPU by our kernel, unless a gradient is
-    asked for."""
+    """Multiply x [..., C] by the stored tensors of a GgmlLinear: on a CPU and, for few tokens, on a GPU by
+    our kernels, unless a gradient is asked for."""
     if weight.is_cpu and packed_gemm.usable(x, bias, few=None):
         sizes = rows, x.shape[-1], GROUP_SIZE
         stored = weight.contiguous(), LEVELS[format], scale_RG.contiguous()
         return packed_gemm.table_of(*stored, *sizes).linear(x, bias)
+    if lookup_dispatch.usable(x, bias):
+        out_TR = lookup_dispatch.few_tokens(
+            x.reshape(-1, x.shape[-1]),
+            weight[0],
+            lookup_dispatch.on(x.device, LEVELS[format])[None],
+            4,
+            scale_RG=scale_RG,
+            group_size=GROUP_SIZE,
+            bias=bias,
+        )
+        return out_TR.reshape(*x.shape[:-1], rows)
     W_RC = _weight(weight[0], scale_RG, format, x.dtype)
     return nn.functional.linear(x, W_RC, None if bias is None else bias.to(x.dtype))
 

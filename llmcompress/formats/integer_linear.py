@@ -4,12 +4,12 @@ Its parameters have the names, shapes and bytes on disk, so loading and saving n
 rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32. The result is the
 product of the dequantised factors, up to float32 rounding. Unlike Linear8bitLt, it never goes through
 float16. Few tokens are multiplied by kernels of ours: on a CPU from the packed weight (packed_gemm.py), on a
-GPU by int8_dispatch.py. For many the kernel is torch's on a CPU with AVX512 and bitsandbytes' on a GPU.
-Elsewhere the same integers are summed in float32, which is exact below 2^24: on other CPUs piece by piece,
-about as fast as a float weight (bitsandbytes converts the whole weight in each forward), and on a GPU where C
-% 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the
-packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not prepared, for example
-because its weights are offloaded, expands them in every forward and keeps nothing.
+GPU by int8_dispatch.py, or by lookup_dispatch.py where inputs are not rounded. For many the kernel is torch's
+on a CPU with AVX512 and bitsandbytes' on a GPU. Elsewhere the same integers are summed in float32, which is
+exact below 2^24: on other CPUs piece by piece, about as fast as a float weight (bitsandbytes converts the
+whole weight in each forward), and on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`)
+and kept beside the packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not
+prepared, for example because its weights are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmcompress.formats import bitsandbytes_layout, integer
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import int8_dispatch, operators, packed_gemm
+from llmcompress.kernels import int8_dispatch, lookup_dispatch, operators, packed_gemm
 
 logger = logging.getLogger(__name__)
 # other CPUs multiply int8 one by one, which is slower than floats
@@ -141,6 +141,8 @@ def integer_linear(
             table = packed_gemm.table_of(weight, LEVELS, multiplier_RG, *sizes, row_scale=scale_R)
             out_TR = table.product(x_TC, bias)
         return out_TR.to(x.dtype).reshape(*x.shape[:-1], rows)
+    if not rounded and _looked_up(x, bias, group_size):
+        return _few(x, weight, scale_R, multiplier_RG, bias, group_size)
     if multiplier_RG is None:
         matrix_RC = weight[0]
     elif expanded is not None:
@@ -150,6 +152,38 @@ def integer_linear(
     if rounded:
         return _product(x, matrix_RC, scale_R, step, bits, bias, x.dtype)
     return _unrounded(x, matrix_RC, scale_R, bias)
+
+
+def _looked_up(x: Tensor, bias: Tensor | None, group_size: int) -> bool:
+    """Whether the GPU kernel for unrounded inputs takes these."""
+    fits = not group_size or lookup_dispatch.takes_groups(group_size, x.shape[-1])
+    return fits and lookup_dispatch.usable(x, bias)
+
+
+def _few(
+    x: Tensor,
+    weight: Tensor,
+    scale_R: Tensor,
+    multiplier_RG: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The product of few unrounded tokens on a GPU."""
+    x_TC = x.reshape(-1, x.shape[-1])
+    if multiplier_RG is None:
+        out_TR = lookup_dispatch.few_tokens(x_TC, weight[0], None, 8, row_scale_R=scale_R, bias=bias)
+    else:
+        out_TR = lookup_dispatch.few_tokens(
+            x_TC,
+            weight,
+            lookup_dispatch.on(x.device, LEVELS)[None],
+            4,
+            scale_RG=multiplier_RG,
+            group_size=group_size,
+            row_scale_R=scale_R,
+            bias=bias,
+        )
+    return out_TR.reshape(*x.shape[:-1], len(scale_R))
 
 
 def _here(*tensors: Tensor | None) -> bool:

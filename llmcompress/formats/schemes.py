@@ -98,9 +98,19 @@ class GridScheme(ABC):
         """Bits per weight on disk of a linear [R, C], without `row_bits`."""
         return self.bits
 
-    def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
+    def solve(
+        self,
+        W_RC: Tensor,
+        factors: Factors,
+        input_scale: float | None = None,
+        F_RB: Tensor | None = None,
+    ) -> Solution:
         """Solve for codes and scales of a weight under the second moments of its inputs, against the full
-        model's outputs if the moments know them."""
+        model's outputs if the moments know them.
+
+        With the Fisher matrix `F_RB` of the linear's outputs, in blocks as `two_sided.add_blocks` leaves it,
+        the codes are those of the least loss under both.
+        """
         result = solve(
             retarget(W_RC.float(), factors.moments, factors=factors),
             factors.moments.H_CC,
@@ -109,6 +119,7 @@ class GridScheme(ABC):
             snap=self.snap,
             signs=self.signs,
             factor=factors.ordered,
+            F_RB=F_RB,
             loops=column_loops.LOOPS,
         )
         return self.solution(result, input_scale)
@@ -407,10 +418,16 @@ class GgmlScheme(GridScheme):
         scale_RG = storable(result.scale_RG / self.unit).cpu()
         return GgmlWeight(self.grid.codes_of(result.index_RC), scale_RG, self.layout)
 
-    def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
+    def solve(
+        self,
+        W_RC: Tensor,
+        factors: Factors,
+        input_scale: float | None = None,
+        F_RB: Tensor | None = None,
+    ) -> Solution:
         """As for any grid. Errors: Overflow for weights whose scales float16 does not hold."""
         require_within(W_RC / self.unit, torch.float16, f"scales of {self.format}")
-        return super().solve(W_RC, factors, input_scale)
+        return super().solve(W_RC, factors, input_scale, F_RB)
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Give the largest weight of a group the outermost level, and the others the nearest.

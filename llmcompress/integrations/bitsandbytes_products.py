@@ -53,7 +53,7 @@ def four_bit(module: Any, x: Tensor) -> Tensor | None:
     return _table(module, state).linear(inputs, bias).to(x.dtype)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator]
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _available() -> bool:
     """Whether there is a kernel, which a compiler need not trace."""
     return packed_gemm.KERNEL.available
@@ -76,14 +76,13 @@ def _four_bit(
     bias: Tensor | None,
     group_size: int,
 ) -> Tensor:
-    """Multiply x [..., C] by the weight of a Linear4bit by our kernel, many tokens by a piece of the weight at
-    a time."""
-    more = {}
+    """Multiply x [..., C] by the weight of a Linear4bit by our kernel, for many tokens a piece of the weight
+    at a time."""
+    nested = None
     if nested_absmax is not None and nested_levels is not None and offset is not None:
-        more = {"nested": nested_absmax, "nested_levels": nested_levels.float()}
-        more["offset"] = offset.float().reshape(1)
+        nested = nested_absmax, nested_levels.float(), offset.float().reshape(1)
     sizes = rows, x.shape[-1], group_size
-    table = packed_gemm.table_of(weight, levels.float().contiguous(), absmax, *sizes, **more)
+    table = packed_gemm.table_of(weight, levels.float().contiguous(), absmax, *sizes, nested)
     return table.linear(x, bias)
 
 

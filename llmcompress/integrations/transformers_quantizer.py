@@ -119,17 +119,13 @@ class Quantizer(HfQuantizer):
         return True
 
     @property
-    def is_compileable(self) -> bool:
-        """`generate` may compile the decoding of every format."""
-        return True
-
-    @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top; the integers themselves can't."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """`generate` may compile the decoding of every format."""
         return True
 
 

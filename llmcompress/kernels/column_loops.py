@@ -22,6 +22,7 @@ from llmcompress.kernels import column_loops_gpu as gpu
 from llmcompress.kernels.compiled import CompiledKernel
 
 LEVELS = 16  # that fit a register
+ROWS = 64  # that `move_together` takes
 
 
 def _declare(kernel: ctypes.CDLL) -> None:
@@ -31,6 +32,8 @@ def _declare(kernel: ctypes.CDLL) -> None:
     kernel.solver_round.argtypes += (*2 * (pointer,), small)
     kernel.solver_move.argtypes = (*2 * (pointer,), long, *4 * (pointer,), small, *3 * (long,))
     kernel.solver_move.argtypes += (*2 * (pointer,), small)
+    kernel.solver_move_together.argtypes = (*2 * (pointer,), long, *5 * (pointer,), small, *2 * (long,))
+    kernel.solver_move_together.argtypes += (*2 * (pointer,),)
 
 
 KERNEL = CompiledKernel("solver", ("solver.c",), _declare, "torch solves for codes")
@@ -97,7 +100,35 @@ def move_columns(
     return D_BR
 
 
-LOOPS = ColumnLoops(search, round_columns, move_columns)
+def move_together(
+    near_BR: Tensor, H_BB: Tensor, F_RR: Tensor, Q_BR: Tensor, S_BR: Tensor, grid: Grid, index_BR: Tensor
+) -> Tensor:
+    """As `algorithms.column_loops.move_together`; for tensors of a GPU it runs on the CPU, as weight follows
+    weight."""
+    if not near_BR.is_cpu:
+        near, H, F, Q, S, index = (part.cpu() for part in (near_BR, H_BB, F_RR, Q_BR, S_BR, index_BR))
+        D_BR = move_together(near, H, F, Q, S, grid.to("cpu"), index)
+        index_BR.copy_(index)
+        return D_BR.to(near_BR.device)
+    contiguous = all(tensor.is_contiguous() for tensor in (near_BR, F_RR, Q_BR, S_BR, index_BR))
+    fits = contiguous and near_BR.shape[1] <= ROWS and not isinstance(grid, Codebooks)
+    if not (fits and _takes(grid, near_BR, H_BB, F_RR, Q_BR, S_BR)):
+        return plain.move_together(near_BR, H_BB, F_RR, Q_BR, S_BR, grid, index_BR)
+    (B, R), H = near_BR.shape, H_BB.contiguous()
+    D_BR = torch.empty(B, R)
+    KERNEL.required.solver_move_together(
+        *_at(near_BR, H),
+        B,
+        *_at(F_RR, Q_BR, S_BR, grid.levels, grid.middles),
+        len(grid.levels),
+        B,
+        R,
+        *_at(index_BR, D_BR),
+    )
+    return D_BR
+
+
+LOOPS = ColumnLoops(search, round_columns, move_columns, move_together)
 
 
 def _takes(grid: Grid, *tensors: Tensor) -> bool:

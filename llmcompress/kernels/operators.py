@@ -17,7 +17,7 @@ from torch import Tensor
 NAMESPACE = "llmcompress"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # kept, because the operators are gone with it; Library.impl costs 3 microseconds per call, custom_op 14
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 Product = TypeVar("Product", bound=Callable[..., Tensor])
 
 

@@ -217,15 +217,25 @@ class Table:
         return _checked(done, out_RC)
 
 
-def table_of(packed: Tensor, levels: Tensor, scales: Tensor, *sizes: Any, **more: Tensor | None) -> Table:
+def table_of(
+    packed: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    row_scale: Tensor | None = None,
+) -> Table:
     """Return the Table of stored tensors; it is kept while these tensors are where they are.
 
-    Takes what Table takes. Errors: ValueError.
+    Takes what Table takes; `nested` is the nested scales, their levels and the offset. Errors: ValueError.
     """
     table: Table | None = TABLES.get(packed)
-    if table is None or not table.holds(packed, scales, more.get("row_scale")):
-        kept = {name: None if one is None else one.detach() for name, one in more.items()}
-        table = Table(packed.detach(), levels, scales.detach(), *sizes, **kept)
+    if table is None or not table.holds(packed, scales, row_scale):
+        parts = (None, None, None) if nested is None else nested
+        kept = [None if one is None else one.detach() for one in (*parts, row_scale)]
+        table = Table(packed.detach(), levels, scales.detach(), rows, columns, group_size, *kept)
         TABLES[packed] = table
     return table
 

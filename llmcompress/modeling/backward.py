@@ -7,20 +7,23 @@ hand on beside their states stays in memory, with its gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.two_sided import TOGETHER, add_blocks
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.integrations.layer_calls import Handed
 from llmcompress.io.safetensors_writer import writing
@@ -37,6 +40,8 @@ from llmcompress.modeling.token_limit import batches_of, joined
 Labels = Callable[[int, Tensor, Tensor], Tensor]
 # number of a sequence -> the gradients of what was handed on, by place
 Slopes = dict[int, dict[str, Tensor]]
+Linears = Mapping[int, Collection[str]]  # by layer, by their names in it
+NO_LINEARS: Linears = MappingProxyType({})
 
 
 def output_fisher(
@@ -59,6 +64,25 @@ def output_fisher(
     layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
     Several `processes` divide the batches, and draw the labels that one would draw.
     """
+    for index, F_DD, _ in fisher_matrices(
+        resident, sequences, scratch, seed, first=first, unscored=unscored, processes=processes
+    ):
+        yield index, F_DD
+
+
+def fisher_matrices(
+    resident: LayerwiseModel,
+    sequences: Tensor,
+    scratch: Path,
+    seed: int,
+    linears: Linears = NO_LINEARS,
+    *,
+    first: bool = False,
+    unscored: int = 0,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+    """Yield what `output_fisher` does, and with it the Fisher matrices of the outputs of some `linears` of
+    the layer, by their names in it, in blocks as `two_sided.add_blocks` leaves them."""
     processes = replace(processes, by="batch")
     generators: dict[int, torch.Generator] = {}  # by the number of a batch, whichever process runs it
 
@@ -67,11 +91,12 @@ def output_fisher(
             generators[batch] = label_generator(seed, batch, resident.device)
         return drawn_from(p.flatten(0, 1), generators[batch]).view(text.shape)
 
-    for index, grads, _ in gradients(
+    for index, grads, outputs in gradients(
         resident,
         sequences,
         scratch,
         drawn,
+        linears=linears,
         first=first,
         half=True,
         unscored=unscored,
@@ -81,7 +106,11 @@ def output_fisher(
         for grad in grads:
             found.add(grad.to(resident.device))
         processes.pool([found])
-        yield index, found.H_CC.cpu()
+        yield (
+            index,
+            found.H_CC.cpu(),
+            {name: F_RB.div_(sequences.numel()).cpu() for name, F_RB in outputs.items()},
+        )
 
 
 def drawn_from(p_TV: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,6 +145,7 @@ def gradients(
     scratch: Path,
     labels: Labels,
     watched: Sequence[str] = (),
+    linears: Linears = NO_LINEARS,
     *,
     first: bool = False,
     half: bool = False,
@@ -123,10 +153,11 @@ def gradients(
     processes: Processes = ALONE,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
     """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
-    and those of some parameters.
+    and those of some parameters, together with the sums of g g^T of the outputs of some linears.
 
     They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
     `unscored` positions do not count. `watched` are parameters by their names in the layers that have them.
+    `linears` are those whose outputs have their gradients g summed, in blocks as `two_sided.add_blocks` does.
     With `first`, -1 and the gradients of the states that enter the first layer come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
@@ -153,10 +184,22 @@ def gradients(
     slopes: Slopes = {}
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
-        on = bool(index or watched or first)
+        on = bool(index or watched or linears.get(index) or first)
         handed.pop()  # what the layer before has left
         entering = (
-            _back(resident, index, arguments, handed[-1], scratch, grads, slopes, watched, found, half)
+            _back(
+                resident,
+                index,
+                arguments,
+                handed[-1],
+                scratch,
+                grads,
+                slopes,
+                watched,
+                linears.get(index, ()),
+                found,
+                half,
+            )
             if on
             else []
         )
@@ -203,12 +246,13 @@ def _back(
     grads: Sequence[Tensor],
     slopes: Slopes,
     watched: Sequence[str],
+    linears: Collection[str],
     found: dict[str, Tensor],
     half: bool,
 ) -> list[Tensor]:
     """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
-    The gradients of watched parameters go into `found`; `slopes` are those of what leaves the layer beside
-    its states, and then of what enters it."""
+    The gradients of watched parameters and the sums of linears go into `found`; `slopes` are those of what
+    leaves the layer beside its states, and then of what enters it."""
     states = load_file(scratch / f"states-{index}.safetensors")
     out = []
     with resident.layer(index) as module:
@@ -216,12 +260,19 @@ def _back(
         layer.half, layer.handed = half, handed
         there = dict(module.named_parameters())
         parameters = {name: there[name].requires_grad_() for name in watched if name in there}
+        for linear in sorted(linears):
+            R = len(layer.weight(linear))
+            found[linear] = torch.zeros(R, min(R, TOGETHER), device=layer.device)
         for i, (grad, number) in enumerate(zip(grads, firsts(grads), strict=True)):
-            part = partial(_back_part, layer, states[str(i)], grad, number, slopes, list(parameters.values()))
+            part = partial(
+                _back_part, layer, states[str(i)], grad, number, slopes, list(parameters.values()), linears
+            )
             entering = []
-            for hidden_grad, own_grads, own_slopes in layer.limit.parts(part, *grad.shape[:2]):
+            for hidden_grad, own_grads, output_grads, own_slopes in layer.limit.parts(part, *grad.shape[:2]):
                 entering.append(hidden_grad)
                 slopes |= own_slopes
+                for linear, slope in output_grads.items():
+                    add_blocks(found[linear], slope.flatten(0, -2).float())
                 for name, own in zip(parameters, own_grads, strict=True):
                     if own is not None:
                         found[name] = found[name].add_(own) if name in found else own
@@ -239,15 +290,18 @@ def _back_part(
     first: int,
     slopes: Slopes,
     parameters: Sequence[Tensor],
+    linears: Collection[str],
     here: slice,
-) -> tuple[Tensor, Sequence[Tensor | None], Slopes]:
-    """Return the gradient of a part of the states that enter a layer, those of parameters, and those of what
-    enters it beside its states. `first` is the number of the first sequence of these states."""
+) -> tuple[Tensor, Sequence[Tensor | None], dict[str, Tensor], Slopes]:
+    """Return the gradient of a part of the states that enter a layer, those of parameters, those of the
+    outputs of linears, and those of what enters it beside its states. `first` is the number of the first
+    sequence of these states."""
     hidden = states[here].to(layer.device).requires_grad_()
     first, count = first + here.start, len(hidden)
     entering = tree_map(_differentiable, layer.handed_to(hidden, first))
     handed = _leaves(entering)
-    with half_precision(layer.device, layer.half):
+    outputs: dict[str, Tensor] = {}
+    with _heard(layer.module, linears, outputs), half_precision(layer.device, layer.half):
         out, left = layer.handing_on(hidden, entering, first=first)
     outs, out_grads = [out], [grad[here].to(out.device, out.dtype)]
     for place, leaf in _leaves(left).items():
@@ -256,13 +310,29 @@ def _back_part(
             outs.append(leaf)
             slope = torch.cat([each for each in own if each is not None])
             out_grads.append(slope.to(leaf.device, leaf.dtype))
-    asked = [hidden, *handed.values(), *parameters]
+    asked = [hidden, *handed.values(), *parameters, *outputs.values()]
     found = torch.autograd.grad(outs, asked, out_grads, allow_unused=True)
     own_slopes: Slopes = {first + i: {} for i in range(count)}
     for place, slope in zip(handed, found[1:], strict=False):
         for i, each in enumerate(slope.cpu().split(1) if slope is not None else ()):
             own_slopes[first + i][place] = each
-    return found[0].cpu(), found[1 + len(handed) :], own_slopes
+    of_parameters = found[1 + len(handed) :][: len(parameters)]
+    of_outputs = dict(zip(outputs, found[len(asked) - len(outputs) :], strict=True))
+    reached = {linear: slope for linear, slope in of_outputs.items() if slope is not None}
+    return found[0].cpu(), of_parameters, reached, own_slopes
+
+
+def _heard(module: nn.Module, linears: Collection[str], outputs: dict[str, Tensor]) -> ExitStack:
+    """Within the context, the outputs of the linears of a layer go into `outputs` as they are computed."""
+
+    def keep(linear: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        outputs[linear] = out
+
+    stack = ExitStack()
+    for linear in linears:
+        hook = module.get_submodule(linear).register_forward_hook(partial(keep, linear))
+        stack.callback(hook.remove)
+    return stack
 
 
 def _differentiable(value: Any) -> Any:

@@ -23,10 +23,9 @@ None.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
@@ -50,60 +49,36 @@ from llmcompress.pipeline.engines import (
     NAMES,
     NOTES,
     VLLM_NOW,
-    VLLM_THEN,
     planned_of,
     read_by,
     require_engine,
 )
 from llmcompress.pipeline.plan import Foretold, foretold, text_of, times_of
+from llmcompress.pipeline.ranking import (
+    LEAST,
+    MOST,
+    Candidate,
+    beats,
+    distance,
+    filled,
+    in_order,
+    least_loss,
+    nearest,
+    ranked,
+)
 from llmcompress.pipeline.resolve import Base, bytes_within, config_of, find_base, resolve
 from llmcompress.recipe import catalogue, shipped
-from llmcompress.recipe.catalogue import MODELS, PLUGIN, Entry, Measured
+from llmcompress.recipe.catalogue import MODELS, PLUGIN, Entry
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.recipe.speeds import CPUS, H100, Machine, Speed
 from llmcompress.stages.machine import UntimedMachine
 
 Target = Literal["cpu", "gpu", "vllm", "llama.cpp"]
-ASKING = (PLUGIN, VLLM_THEN)  # what is more to ask for than transformers, or an engine as it is
-LEAST, MOST = 3, 5  # recipes that are advised
 FILLED = 0.95  # share of a size from which a recipe fills it
 GPU = (
     "gpu: on an H100 no format is faster than bfloat16; quantise to fit a model into memory. To make it "
     "faster, prune and train: heal-after-prune; its speed was not measured for these recipes"
 )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A shipped recipe on a model: what decides its place."""
-
-    name: str
-    purpose: str
-    size_bytes: int
-    measured: tuple[Measured, ...]  # the model nearest to this one in parameters first
-    loads_with: str
-    learns: bool  # whether it trains, which takes most of the time
-    memory_bytes: int = 0  # that the run holds at once
-    engine: str | None = None  # the target of the export that an engine needs
-    format: str | None = None  # if its linears have one
-    speed: Speed | None = None  # of that format, where speed counts and was measured
-    effort: Effort | None = None  # the best one within the time that was given
-    seconds: float | None = None  # with that effort
-
-    @property
-    def model(self) -> str:
-        """The measured model that is nearest to this one."""
-        return self.measured[0].model
-
-    @property
-    def loss(self) -> float:
-        """The KL on the nearest model."""
-        return self.measured[0].kl_nats
-
-    @property
-    def rank(self) -> float:
-        """The speed in one digit; zero if it was not measured."""
-        return self.speed.rank if self.speed else 0.0
 
 
 @dataclass(frozen=True)
@@ -183,7 +158,7 @@ def _advised(
     machine = _machine(target)
     if target in ENGINES:
         require_engine(target, base, outline)
-    near = min(MODELS, key=lambda measured: _distance(measured, parameters))
+    near = min(MODELS, key=lambda measured: distance(measured, parameters))
     first, rest = _entries(near)
     if target in ENGINES:  # few recipes leave what an engine reads, so all are compared
         first, rest = [*first, *rest], []
@@ -311,15 +286,6 @@ def _memory(steps: Sequence[Foretold]) -> int:
     return max(step.estimate.peak_memory_bytes for step in steps)
 
 
-def nearest(measured: Sequence[Measured], parameters: int) -> tuple[Measured, ...]:
-    """Measurements, the one on the model nearest in parameters, by their ratio, first."""
-    return tuple(sorted(measured, key=lambda one: _distance(one.model, parameters)))
-
-
-def _distance(model: str, parameters: int) -> float:
-    return abs(math.log(parameters / MODELS[model]))
-
-
 def _within(one: Candidate, name: str, seconds: float, outline: MetaModel) -> Candidate | None:
     """A recipe with the best effort that fits in a time; None if none does."""
     recipe = shipped.load(one.name)
@@ -331,66 +297,13 @@ def _within(one: Candidate, name: str, seconds: float, outline: MetaModel) -> Ca
     return replace(one, effort=fits[-1], seconds=times[fits[-1]], memory_bytes=memory)
 
 
-def beats(other: Candidate, one: Candidate) -> bool:
-    """Whether `other` leaves no more bytes and loses no more than `one`, and asks for no more."""
-    theirs = {each.model: each.kl_nats for each in other.measured}
-    both = [(theirs[each.model], each.kl_nats) for each in one.measured if each.model in theirs]
-    if not both:
-        return False
-    asks_more = (
-        (other.learns and not one.learns)
-        or (other.loads_with in ASKING and one.loads_with not in ASKING)
-        or other.rank < one.rank
-    )
-    here, there = (other.size_bytes, both[0][0]), (one.size_bytes, both[0][1])
-    return not asks_more and here != there and here[0] <= there[0] and here[1] <= there[1]
-
-
-def ranked(found: Sequence[Candidate], parameters: int) -> list[Candidate]:
-    """The recipes that no other beats, in the order in which they are advised for a model of so many
-    parameters, five at most."""
-    best = in_order([one for one in found if not any(beats(other, one) for other in found)], parameters)
-    first = {one.purpose: one for one in reversed(best)}
-    return sorted(best, key=lambda one: first[one.purpose] is not one)[:MOST]
-
-
-def in_order(found: Iterable[Candidate], parameters: int) -> list[Candidate]:
-    """Recipes by what reads them, by how near the model is on which they were measured, by speed, then by
-    loss."""
-    return sorted(
-        found,
-        key=lambda one: (
-            one.loads_with == VLLM_THEN,
-            _distance(one.model, parameters),
-            -one.rank,
-            one.loss,
-            one.size_bytes,
-        ),
-    )
-
-
-def filled(
-    chosen: Sequence[Candidate], within: Sequence[Candidate], others: Sequence[Candidate]
-) -> list[Candidate]:
-    """Recipes that are chosen, and after them others up to three in all, if none of those `within` the same
-    bounds beats them."""
-    unbeaten = [one for one in others if not any(beats(better, one) for better in within)]
-    return [*chosen, *unbeaten[: max(0, LEAST - len(chosen))]]
-
-
 def _search_fits(chosen: Sequence[Candidate], limit: int, model: MetaModel) -> bool:
     """Whether a search may do better within a size than recipes: none fills it, and formats may."""
-    if any(each.size_bytes >= FILLED * limit for each in _least_loss(chosen)):
+    if any(each.size_bytes >= FILLED * limit for each in least_loss(chosen)):
         return False
     codings = [way.coding(model.weight_dtype) for palette in palettes("llmcompress") for way in palette.ways]
     bits = min(coding.bits for coding in codings if coding is not None)
     return limit > bits / 8 * model.parameters()
-
-
-def _least_loss(chosen: Sequence[Candidate]) -> list[Candidate]:
-    """The one of the least loss on the nearest model, if there is one."""
-    near = [one for one in chosen if one.model == chosen[0].model]
-    return [min(near, key=lambda one: one.loss)] if near else []
 
 
 def _nothing(
@@ -494,7 +407,7 @@ def _speed_words(one: Candidate, machine: Machine) -> str:
 
 
 def _search(chosen: Sequence[Candidate], given: str, size: str, limit: int, whole: int) -> Advice:
-    best = _least_loss(chosen)
+    best = least_loss(chosen)
     why = (
         f"of the recipes that fit, the one of least loss, {best[0].name}, leaves "
         f"{amount(limit - best[0].size_bytes, 'B')} of the size unused"

@@ -34,7 +34,7 @@ from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.kv_cache import cache_facts
 from llmcompress.pipeline.memory_store import MemoryStore
-from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
+from llmcompress.pipeline.report_facts import Compared, Loads, Ran, Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
     name_of,
@@ -108,18 +108,9 @@ def apply_recipe(
     chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
     ran = as_it_ran(settled, text)
     report = report_of(
-        ran,
-        before,
-        after,
-        measured,
-        text,
-        facts,
-        cost,
-        where,
-        chosen,
-        model.config,
-        plain=source.plain,
-        code=has_own_code(model.config),
+        Ran(ran, text, where, facts, chosen, cost),
+        Compared(before, after, measured),
+        Loads(model.config, source.plain, has_own_code(model.config)),
     ).model_copy(update={"kv_cache": cache_facts(source, text.evaluation, text.unscored, track)})
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report

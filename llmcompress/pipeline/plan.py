@@ -30,7 +30,7 @@ from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import Resolved, config_of, find_base, resolve
 from llmcompress.pipeline.stages import require_stage
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.console import chosen_words
+from llmcompress.report.rows import chosen_words
 from llmcompress.stages.base import Estimate, StageResult, Time, Workload
 from llmcompress.stages.cost import summed
 from llmcompress.stages.machine import Machine, machine_of

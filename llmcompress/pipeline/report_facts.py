@@ -35,34 +35,50 @@ class Stored:
     plain: bool = True
 
 
-def report_of(
-    recipe: Recipe,
-    before: ModelFacts,
-    after: ModelFacts,
-    measured: Fidelity,
-    text: CalibrationData,
-    stages: Sequence[StageFacts],
-    cost: CostFacts,
-    device: torch.device,
-    effort: EffortFacts | None,
-    config: PretrainedConfig,
-    *,
-    plain: bool,
-    code: bool,
-) -> Report:
-    """Build the report of a run on a model of `config`; `plain` says whether transformers loads the result
-    without the plug-in, `code` whether the result has code of its own."""
-    loads = auto_class(config).__name__
+@dataclass(frozen=True)
+class Ran:
+    """A run: its recipe as it ran, text, device, what its stages and its effort came to, and its cost."""
+
+    recipe: Recipe
+    text: CalibrationData
+    device: torch.device
+    stages: Sequence[StageFacts]
+    effort: EffortFacts | None
+    cost: CostFacts
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The base and the result, and how far the result is from the base."""
+
+    base: ModelFacts
+    compressed: ModelFacts
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What decides how the result is loaded: its config, whether transformers loads it without the plug-in,
+    and whether it has code of its own."""
+
+    config: PretrainedConfig
+    plain: bool
+    own_code: bool
+
+
+def report_of(run: Ran, models: Compared, loads: Loads) -> Report:
+    """Build the report of a run."""
+    kind, text = auto_class(loads.config).__name__, run.text
     return Report(
-        recipe_digest=recipe.digest,
-        recipe=recipe.origin,
-        effort=effort,
-        auto_class=None if loads == "AutoModelForCausalLM" else loads,
-        plug_in=None if plain else True,
-        own_code=code or None,
-        base=before,
-        compressed=after,
-        fidelity=measured.facts(),
+        recipe_digest=run.recipe.digest,
+        recipe=run.recipe.origin,
+        effort=run.effort,
+        auto_class=None if kind == "AutoModelForCausalLM" else kind,
+        plug_in=None if loads.plain else True,
+        own_code=loads.own_code or None,
+        base=models.base,
+        compressed=models.compressed,
+        fidelity=models.fidelity.facts(),
         data=DataFacts(
             source=text.spec.source,
             **_place(text.spec),
@@ -71,9 +87,9 @@ def report_of(
             evaluation_tokens=text.evaluation_tokens,
             bos=True if text.unscored else None,
         ),
-        stages=tuple(stages),
-        cost=cost,
-        environment=environment(device),
+        stages=tuple(run.stages),
+        cost=run.cost,
+        environment=environment(run.device),
     )
 
 

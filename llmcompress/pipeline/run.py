@@ -40,7 +40,7 @@ from llmcompress.pipeline.evaluate import Trial, trial_of
 from llmcompress.pipeline.export import beside, repack, require_places
 from llmcompress.pipeline.kv_cache import cache_facts
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
-from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
+from llmcompress.pipeline.report_facts import Compared, Loads, Ran, Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -150,18 +150,9 @@ def run_recipe(
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
             report = report_of(
-                ran,
-                before,
-                after,
-                measured,
-                text,
-                facts,
-                cost,
-                where,
-                chosen,
-                config,
-                plain=stored[0].plain,
-                code=bool(own_code.carried(found.folder)),
+                Ran(ran, text, where, facts, chosen, cost),
+                Compared(before, after, measured),
+                Loads(config, stored[0].plain, bool(own_code.carried(found.folder))),
             ).model_copy(update={"samples": samples, "kv_cache": cached})
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))

@@ -19,7 +19,8 @@ from llmcompress.data.calibration import DEMO
 from llmcompress.io.local_names import is_path, short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.units import amount, measured_percent, number
-from llmcompress.report.console import (
+from llmcompress.report.redaction import for_others, is_local_text, others_in
+from llmcompress.report.rows import (
     CACHE_HEADER,
     Rows,
     before_after,
@@ -33,7 +34,6 @@ from llmcompress.report.console import (
     time_rows,
     worst_rows,
 )
-from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import (
     CACHE,
     CHANGE_PICTURE,

@@ -19,7 +19,10 @@ from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, asked_percent, duration, measured_percent, number
 from llmcompress.report import charts
 from llmcompress.report.comparison import ComparedRow, compared, warning_of
-from llmcompress.report.console import (
+from llmcompress.report.counted import WORDS, beside_base, shown
+from llmcompress.report.model_card import install_command, loading_code
+from llmcompress.report.redaction import for_others
+from llmcompress.report.rows import (
     CACHE_HEADER,
     before_after,
     cache_rows,
@@ -32,9 +35,6 @@ from llmcompress.report.console import (
     time_rows,
     training_rows,
 )
-from llmcompress.report.counted import WORDS, beside_base, shown
-from llmcompress.report.model_card import install_command, loading_code
-from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import ContinuationFacts, Guesses, ParagraphFacts, Report
 from llmcompress.report.search_facts import FoundFacts, SearchFacts, UniformFacts, width_words
 from llmcompress.report.visible import visible

@@ -15,9 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from llmcompress.io.local_names import short_name
 from llmcompress.io.units import amount, number
-from llmcompress.report.console import change
 from llmcompress.report.counted import WORDS, shown
 from llmcompress.report.depth import Points, by_kind, depth_of, placed_at
+from llmcompress.report.rows import change
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 from llmcompress.report.search_facts import SearchFacts
 

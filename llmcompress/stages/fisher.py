@@ -3,16 +3,18 @@ in the journal."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import metric_factor
 from llmcompress.architectures.spec import SCALES
-from llmcompress.modeling.backward import output_fisher
+from llmcompress.modeling.backward import NO_LINEARS, fisher_matrices
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, Time, Workload
 
-FISHER = "fisher"  # entry of the journal
+FISHER, OUTPUTS = "fisher", "fisher-outputs"  # entries of the journal
 # tokens from which the matrices are computed, at least: as many as rankings of linears and units need
 # (evaluation/NOTES.md), and for a training, which follows the noise of a matrix too
 TOKENS, MANY = 4096, 32768
@@ -25,22 +27,31 @@ def tokens_for(width: int, least: int = TOKENS) -> int:
     return max(least, 8 * width)
 
 
-def find_fisher(model: LayerwiseModel, context: Context, least: int = TOKENS) -> None:
+def find_fisher(
+    model: LayerwiseModel,
+    context: Context,
+    least: int = TOKENS,
+    linears: Mapping[int, Collection[str]] = NO_LINEARS,
+) -> None:
     """Compute the matrix of each layer for the model as it is now, from at least so many tokens, unless the
-    journal holds it."""
+    journal holds it; and those of the outputs of `linears`, by layer and by their names in it."""
     journal, layers = context.journal, len(model.layers)
-    if all(journal.has(FISHER, index) for index in range(layers)):
+    kinds = (FISHER, OUTPUTS) if linears else (FISHER,)
+    if all(journal.has(kind, index) for index in range(layers) for kind in kinds):
         return
-    found = output_fisher(
+    found = fisher_matrices(
         model,
         first_sequences(context.data.calibration, tokens_for(model.hidden_size, least)),
         context.scratch,
         context.seed,
+        linears,
         unscored=context.data.unscored,
         processes=context.processes,
     )
-    for index, F_DD in context.track(found, "find the errors that matter", layers):
+    for index, F_DD, outputs in context.track(found, "find the errors that matter", layers):
         journal.save(FISHER, index, {"F_DD": F_DD})
+        if linears:
+            journal.save(OUTPUTS, index, outputs)
 
 
 def time_of(work: Workload, least: int = TOKENS) -> Time:
@@ -56,6 +67,13 @@ def time_of(work: Workload, least: int = TOKENS) -> Time:
 def fisher(context: Context, index: int) -> Tensor:
     """The matrix F [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats/token."""
     return context.journal.load(FISHER, index)["F_DD"]
+
+
+def outputs_fisher(context: Context, index: int) -> dict[str, Tensor]:
+    """The matrices of the outputs of a layer's linears, by their names in it, in blocks as
+    `two_sided.add_blocks` leaves them; none if `find_fisher` was not called, as no linear has a grid."""
+    journal = context.journal
+    return journal.load(OUTPUTS, index) if journal.has(OUTPUTS, index) else {}
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tests.caches import own_cache
 from tests.campaign.artefacts import artefacts
 from tests.campaign.bench import Bench, Count
 from tests.campaign.configs import configs
@@ -45,7 +46,7 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there in a forked child
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["LLMCOMPRESS_CACHE"] = str(Path(folder) / "cache")
+        os.environ["LLMCOMPRESS_CACHE"] = str(own_cache(Path(folder) / "cache"))
         bench = Bench.set_up(Path(folder), given.seed)
         for name in given.only:
             part, tries = PARTS[name]

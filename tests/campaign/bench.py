@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe.recipe import Recipe
 from tests.bases import save_base, write_text
 from tests.campaign.damage import content_of
 from tests.campaign.forked import Ended, run
@@ -59,6 +61,9 @@ class Bench:
         for name, stages in STAGES.items():
             data = f"{{source: {folder / 'facts.txt'}, samples: 8, length: 24, evaluation_samples: 4}}"
             (folder / f"{name}.yaml").write_text(f"data: {data}\nstages: {stages}\n")
+        # here, so that each child is forked with what a run imports
+        run_recipe(Recipe.from_file(folder / "short.yaml"), folder / "first", base=str(folder / "base"))
+        for name in STAGES:
             out, start = folder / f"expected-{name}", time.monotonic()
             done = bench.run(name, out)
             if done.code:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmcompress.cli.app import main
+
 CPU_SECONDS = 120  # after which a child counts as hung
 MEMORY = 6 << 30  # bytes of address space beyond what the parent has
 
@@ -76,8 +78,6 @@ class Child:
             if call is not None:
                 call()
             else:
-                from llmcompress.cli.app import main
-
                 sys.argv = ["llmcompress", *words]
                 main()
             code = 0

@@ -24,6 +24,8 @@ from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, distance
 from tests.bases import VOCABULARY, byte_tokenizer, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 class BraidConfig(PretrainedConfig):
     """Two words of its own: `num_query_groups` and `ffn_dim`."""

@@ -27,6 +27,8 @@ from llmcompress.recipe.recipe import Recipe
 from tests.bases import save_base, write_text
 from tests.exports.artefacts import grouped, written
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @dataclass(frozen=True)
 class Floats:

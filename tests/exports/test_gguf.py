@@ -44,6 +44,8 @@ from tests.exports.artefacts import grouped, rounded
 from tests.formats.test_damaged_artefacts import made
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SIZE = 264
 TOKENS = torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 # what transformers has for all such files

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from llmcompress.algorithms.codebook import Palette
 from llmcompress.algorithms.sparsegpt import keep_mask
@@ -97,7 +97,7 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         """Compile by aot_eager, which traces operators by their fake kernels."""
         self.graphs.append(graph)
-        aot: Any = torch._dynamo.lookup_backend("aot_eager")  # type: ignore[attr-defined]
+        aot: Any = torch._dynamo.lookup_backend("aot_eager")
         return aot(graph, inputs)
 
     def operators(self) -> list[list[str]]:

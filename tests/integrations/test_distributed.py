@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.config import DistillConfig
 from tests.bases import known, save_base, staged_recipe, write_text
+from tests.caches import own_cache
 
 
 def launched(count: int, cache: Path, *words: str) -> tuple[list[str], dict[str, str]]:
@@ -36,7 +37,8 @@ def launched(count: int, cache: Path, *words: str) -> tuple[list[str], dict[str,
 
 def command(recipe: Path, out: Path, count: int) -> tuple[list[str], dict[str, str]]:
     """The command line in so many processes, and its environment."""
-    return launched(count, out.parent / "cache", "-m", "llmcompress", "run", str(recipe), "--out", str(out))
+    cache = own_cache(out.parent / "cache")
+    return launched(count, cache, "-m", "llmcompress", "run", str(recipe), "--out", str(out))
 
 
 def launch(recipe: Path, out: Path, count: int) -> subprocess.CompletedProcess[str]:
@@ -45,18 +47,11 @@ def launch(recipe: Path, out: Path, count: int) -> subprocess.CompletedProcess[s
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def ran(place: Path, recipe: Recipe, *counts: int) -> list[tuple[dict[str, torch.Tensor], float]]:
-    """The tensors of a recipe's result, and its KL, in runs of so many processes."""
-    (place / "recipe.yaml").write_text(recipe.to_yaml())
-    found = list[tuple[dict[str, torch.Tensor], float]]()
-    for count in counts:
-        out = place / str(count)
-        done = launch(place / "recipe.yaml", out, count)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("The compressed model lies in") == 1
-        found.append((load_file(out / "model.safetensors"), known(Report.of(out).fidelity.kl_nats_mean)))
-    assert {frozenset(tensors) for tensors, _ in found} == {frozenset(found[0][0])}
-    return found
+def made(place: Path, name: str) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+    """The tensors of a recipe's result, and its KL, by one process and by two."""
+    for count in "12":
+        out = place / count / name
+        yield load_file(out / "model.safetensors"), known(Report.of(out).fidelity.kl_nats_mean)
 
 
 def share_that_differs(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -65,21 +60,6 @@ def share_that_differs(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor
     first = [name for name in coded if re.search(r"layers\.0\.self_attn\.[qkv]_proj\.weight", name)]
     assert first
     return sum(int((one[name] != two[name]).sum()) for name in first) / sum(one[n].numel() for n in first)
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    text = write_text(tmp_path / "facts.txt")
-    save_base(tmp_path / "base")
-    stages: list[dict[str, Any]] = [
-        {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
-        {"distill": {"steps": 4, "batch": 4, "learning_rate": 1e-4, "cache": True}},
-    ]
-    (one, first), (two, second) = ran(tmp_path, staged_recipe(text, tmp_path / "base", *stages), 1, 2)
-    apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
-    # Adam makes a step of what is left of a gradient that is nearly nothing
-    assert apart.quantile(0.99) < 1e-6
-    assert second == pytest.approx(first, rel=1e-3)
 
 
 # stages, the family of the base, and the share of the first codes that may differ
@@ -113,6 +93,26 @@ DIVIDED: dict[str, tuple[list[dict[str, Any]], str, float]] = {
     ),
 }
 
+TRAINED: list[dict[str, Any]] = [
+    {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
+    {"distill": {"steps": 4, "batch": 4, "learning_rate": 1e-4, "cache": True}},
+]
+# runs on one sequence, so that the second process has none
+ONE_SEQUENCE: list[dict[str, Any]] = [
+    {
+        "quantize": {
+            "format": "w8a8",
+            "activations": "static",
+            "rounding": "learned",
+            "steps": 3,
+            "smooth": {},
+            "protect": 0.1,
+            "embedding": "int8",
+        }
+    }
+]
+KILLED: list[dict[str, Any]] = [{"quantize": {"format": "nf4"}}]
+
 
 RUNS = """
 import sys
@@ -127,20 +127,28 @@ for file in sorted(recipes.iterdir()):
 
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of every recipe of DIVIDED, in `1` by one process and in `2` by two, which run them one
-    after another."""
+    """The results of every recipe of DIVIDED and of the other tests, in `1` by one process and in `2` by two,
+    which run them one after another; a launch for each would mostly import."""
     place = tmp_path_factory.mktemp("divided")
     text, script = write_text(place / "facts.txt"), place / "runs.py"
     script.write_text(RUNS)
     (place / "recipes").mkdir()
     for family in {family for _, family, _ in DIVIDED.values()}:
         save_base(place / family, family)
-    for name, (stages, family, _) in DIVIDED.items():
-        recipe = staged_recipe(text, place / family, *stages, samples=128)
+    save_base(place / "deep", num_hidden_layers=8)
+    runs: dict[str, tuple[list[dict[str, Any]], str, int]] = {
+        **{name: (stages, family, 128) for name, (stages, family, _) in DIVIDED.items()},
+        "trained": (TRAINED, "llama", 16),
+        "one sequence": (ONE_SEQUENCE, "qwen3_moe", 1),
+        "killed": (KILLED, "deep", 128),
+    }
+    for name, (stages, base, samples) in runs.items():
+        recipe = staged_recipe(text, place / base, *stages, samples=samples)
         (place / "recipes" / f"{name}.yaml").write_text(recipe.to_yaml())
+    cache = own_cache(place / "cache")
     for count in (1, 2):
         outs = place / str(count)
-        words, environment = launched(count, place / "cache", str(script), str(place / "recipes"), str(outs))
+        words, environment = launched(count, cache, str(script), str(place / "recipes"), str(outs))
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
     return place
@@ -149,33 +157,39 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIVIDED)
 def test_two_processes_compress_as_one_does(name: str, divided: Path) -> None:
-    one, two = (load_file(divided / count / name / "model.safetensors") for count in "12")
-    first, second = (Report.of(divided / count / name).fidelity.kl_nats_mean for count in "12")
+    (one, first), (two, second) = made(divided, name)
     assert one.keys() == two.keys() and share_that_differs(one, two) <= DIVIDED[name][2]
-    assert known(second) == pytest.approx(known(first), rel=0.1)
+    assert second == pytest.approx(first, rel=0.1)
 
 
 @pytest.mark.slow
-def test_a_process_without_a_sequence_changes_nothing(tmp_path: Path) -> None:
-    text = write_text(tmp_path / "facts.txt")
-    save_base(tmp_path / "base", "qwen3_moe")
-    settings = {"format": "w8a8", "activations": "static", "rounding": "learned", "steps": 3}
-    stages = [{"quantize": settings | {"smooth": {}, "protect": 0.1, "embedding": "int8"}}]
-    (one, first), (two, second) = ran(
-        tmp_path, staged_recipe(text, tmp_path / "base", *stages, samples=1), 1, 2
-    )
+def test_two_processes_train_as_one_does(divided: Path) -> None:
+    (one, first), (two, second) = made(divided, "trained")
+    assert one.keys() == two.keys()
+    apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
+    # Adam makes a step of what is left of a gradient that is nearly nothing
+    assert apart.quantile(0.99) < 1e-6
+    assert second == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_sequence_changes_nothing(divided: Path) -> None:
+    (one, first), (two, second) = made(divided, "one sequence")
+    assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one) and first == second
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_of_which_a_process_is_killed_ends_with_a_line_and_goes_on(rank: int, tmp_path: Path) -> None:
-    text = write_text(tmp_path / "facts.txt")
-    save_base(tmp_path / "base", num_hidden_layers=8)
-    recipe = staged_recipe(text, tmp_path / "base", {"quantize": {"format": "nf4"}}, samples=128)
-    ((whole, _),) = ran(tmp_path, recipe, 2)
+def test_a_run_of_which_a_process_is_killed_ends_with_a_line_and_goes_on(
+    rank: int, divided: Path, tmp_path: Path
+) -> None:
+    whole, recipe = (
+        load_file(divided / "2" / "killed" / "model.safetensors"),
+        divided / "recipes" / "killed.yaml",
+    )
     journal = partial_folder(tmp_path / "out") / "journal"
-    words, environment = command(tmp_path / "recipe.yaml", tmp_path / "out", 2)
+    words, environment = command(recipe, tmp_path / "out", 2)
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
         deadline = time.monotonic() + 200
         while len(list(journal.glob("quantize.*"))) < 2:
@@ -186,7 +200,9 @@ def test_a_run_of_which_a_process_is_killed_ends_with_a_line_and_goes_on(rank: i
     lines = ("another process of this run has ended", "the same command goes on where it was")
     assert launcher.returncode and any(line in told for line in lines), told
     assert not (tmp_path / "out").exists() and len(list(journal.glob("quantize.*"))) >= 2
-    assert launch(tmp_path / "recipe.yaml", tmp_path / "out", 2).returncode == 0
+    done = launch(recipe, tmp_path / "out", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The compressed model lies in") == 1
     (note,) = Report.of(tmp_path / "out").stages[0].notes
     assert "were done by an earlier run that was interrupted" in note
     resumed = load_file(tmp_path / "out" / "model.safetensors")

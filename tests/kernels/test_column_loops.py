@@ -97,6 +97,30 @@ def test_a_linear_is_solved_for_as_well(format: GridFormat, threads: int) -> Non
 
 
 @needs_kernel
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 17), (64, 40)])
+def test_rows_that_count_together_move_as_the_plain_loop_moves_them(
+    rows: int, columns: int, format: GridFormat
+) -> None:
+    levels, H_CC, F_RR = (
+        grid(format),
+        moments(columns, 3, dead=columns // 8),
+        moments(rows, 5, dead=rows // 8),
+    )
+    near_BR, S_BR = drawn(columns, rows, seed=1), drawn(columns, rows, seed=2).abs() + 0.5
+    S_BR[:, ::3] *= -1
+    index = levels.nearest(drawn(columns, rows, seed=4))
+    Q_BR = levels.levels[index] * S_BR
+    ours, theirs = index.clone(), index.clone()
+    D_BR = column_loops.move_together(near_BR.clone(), H_CC, F_RR, Q_BR, S_BR, levels, ours)
+    expected_BR = plain.move_together(near_BR.clone(), H_CC, F_RR, Q_BR, S_BR, levels, theirs)
+    assert torch.equal(ours, theirs)
+    assert rows == 1 or not torch.equal(ours, index)
+    torch.testing.assert_close(D_BR, expected_BR, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours[:, rows - rows // 8 :], index[:, rows - rows // 8 :]), "a dead row was moved"
+
+
+@needs_kernel
 def test_the_form_for_other_processors_computes_the_same(
     fresh: None, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from tests.kernels.solver_problems import same_rows
 pytestmark = marks(gpu.KERNELS)
 by_format = pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int8"])
 drawn, moments = (partial(make, device=DEVICE) for make in (solver_problems.drawn, solver_problems.moments))
-LOOPS = ColumnLoops(gpu.search, gpu.round_columns, gpu.move_columns)
+LOOPS = ColumnLoops(gpu.search, gpu.round_columns, gpu.move_columns, plain.move_together)
 
 
 @by_format

@@ -10,10 +10,10 @@ import torch
 
 from llmcompress.formats import integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import column_loops_gpu, int8_dispatch, packed_gemm
+from llmcompress.kernels import column_loops_gpu, int8_dispatch, lookup_dispatch, packed_gemm
 from llmcompress.kernels.triton_device import TritonKernels
 
-TRITON = (int8_dispatch.KERNELS, column_loops_gpu.KERNELS)
+TRITON = (int8_dispatch.KERNELS, column_loops_gpu.KERNELS, lookup_dispatch.KERNELS)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmcompress.kernels import column_loops_gpu, int8_dispatch
+from llmcompress.kernels import column_loops_gpu, int8_dispatch, lookup_dispatch
 from llmcompress.kernels.triton_device import TritonKernels
 
 pytestmark = [
@@ -58,9 +58,19 @@ FEW = {
     "out_TR": "*bf16",
     **dict.fromkeys(("T", "R", "C"), INTEGERS),
 }
-LOOPS, INT8 = column_loops_gpu.KERNELS, int8_dispatch.KERNELS
+LOOKED_UP = {
+    "x_TC": "*bf16",
+    "packed_RB": "*u8",
+    "levels_GL": FLOATS,
+    **dict.fromkeys(("row_scale_R", "bias_R"), FLOATS),
+    "out_TR": "*bf16",
+    **dict.fromkeys(("T", "R", "C", "B", "sharing", "group_size", "groups"), INTEGERS),
+}
+HALVES, BYTES = LOOKED_UP | {"scale_RG": "*fp16"}, LOOKED_UP | {"scale_RG": "*u8"}
+LOOPS, INT8, LOOKUP = column_loops_gpu.KERNELS, int8_dispatch.KERNELS, lookup_dispatch.KERNELS
 FLAGS = {"PER_TOKEN": 1, "SPLIT": True, "BIAS": True}
 TILE = {"ROWS": 16, "COLUMNS": 256, "TOKENS": 32}
+UNITS = {"LOOKED_UP": True, "ROW_SCALED": False, "BIAS": True, "TOKENS": 32, "ROWS": 16, "UNITS": 64}
 CASES: list[tuple[TritonKernels, str, Mapping[str, str], Mapping[str, Any], int]] = [
     (LOOPS, "search", SOLVER | SEARCH, {"HALVINGS": 4, "GROUPS": 16, "WIDE": 64}, 4),
     (LOOPS, "search", SOLVER | SEARCH, {"HALVINGS": 8, "GROUPS": 1, "WIDE": 1024}, 4),
@@ -70,6 +80,10 @@ CASES: list[tuple[TritonKernels, str, Mapping[str, str], Mapping[str, Any], int]
     (INT8, "quantize_tokens", TOKENS, {"STATIC": True, "SPLIT": True, "WIDE": 1024}, 4),
     (INT8, "scaled", SCALED, {**FLAGS, "WIDE": 1024}, 4),
     (INT8, "few_tokens", FEW, {**FLAGS, **TILE}, 4),
+    (LOOKUP, "few_tokens", HALVES, {**UNITS, "BITS": 4, "SCALED": True, "GROUPS": 4}, 4),
+    (LOOKUP, "few_tokens", BYTES, {**UNITS, "BITS": 4, "SCALED": True, "GROUPS": 1, "ROW_SCALED": True}, 4),
+    (LOOKUP, "few_tokens", HALVES, {**UNITS, "BITS": 3, "SCALED": False, "GROUPS": 1, "UNITS": 32}, 4),
+    (LOOKUP, "few_tokens", HALVES, {**UNITS, "BITS": 8, "SCALED": False, "GROUPS": 1, "LOOKED_UP": False}, 4),
 ]
 
 

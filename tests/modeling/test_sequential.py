@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmcompress.errors import ModelError
 from llmcompress.modeling import half_precision, token_limit
 from llmcompress.modeling import sequential as walking
-from llmcompress.modeling.backward import drawn_from, label_generator, output_fisher
+from llmcompress.modeling.backward import drawn_from, fisher_matrices, label_generator, output_fisher
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
@@ -271,6 +271,37 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
         g_TD = grads[index].flatten(0, 1)
         expected = g_TD.T @ g_TD / len(g_TD)
         assert torch.allclose(F_DD, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_fisher_matrices_of_linears_are_those_of_the_gradients_of_their_outputs(
+    family: str, tmp_path: Path
+) -> None:
+    model = pico(family).requires_grad_(False)
+    tokens = sequences(model.config.vocab_size)[:4]
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    linears = {index: resident.anatomy_of_layer(index).linears for index in range(len(resident.layers))}
+    layers = fisher_matrices(resident, tokens, tmp_path, 3, linears)
+    found = {resident.layer_name(index): outputs for index, _, outputs in layers}
+    grads: dict[str, Tensor] = {}
+
+    def keep(name: str, out: Tensor) -> None:
+        out.register_hook(lambda grad: grads.__setitem__(name, grad))
+
+    names = [f"{layer}.{linear}" for layer, outputs in found.items() for linear in outputs]
+    assert len(names) == sum(map(len, linears.values())) > 0
+    for name in names:
+        hook = partial(lambda name, _, args, out: keep(name, out), name)
+        model.get_submodule(name).register_forward_hook(hook)
+    embedded = model.get_input_embeddings()(tokens).requires_grad_()
+    scores = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
+    labels = drawn_from(scores.detach().softmax(-1), label_generator(3, 0, CPU))
+    torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
+    for layer, outputs in found.items():
+        for linear, F_RB in outputs.items():
+            g_TR = grads[f"{layer}.{linear}"].flatten(0, 1)
+            expected = g_TR.T @ g_TR / len(g_TR)
+            assert torch.allclose(F_RB, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_labels_are_drawn_as_often_as_they_are_likely() -> None:

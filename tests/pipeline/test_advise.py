@@ -20,9 +20,10 @@ from llmcompress.exports.registry import TARGETS
 from llmcompress.modeling import layerwise, model_config
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.pipeline import advise as advise_module
-from llmcompress.pipeline.advise import Candidate, advise, beats, filled, nearest, ranked
+from llmcompress.pipeline.advise import advise
 from llmcompress.pipeline.engines import planned_of
 from llmcompress.pipeline.plan import foretold
+from llmcompress.pipeline.ranking import Candidate, beats, filled, nearest, ranked
 from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe import catalogue, shipped
 from llmcompress.recipe.catalogue import MODELS, NATIVE, PLUGIN, TRANSFORMERS, Measured
@@ -30,6 +31,8 @@ from llmcompress.recipe.speeds import AVX2, AVX512, H100, Machine, Speed
 from llmcompress.stages.machine import Machine as TimedMachine
 from llmcompress.stages.machine import UntimedMachine
 from tests.bases import save_base, write_text
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 RESULTS = Path(__file__).parents[2] / "evaluation" / "results"
 SMOL = MODELS["smollm2-135m"]

@@ -27,6 +27,7 @@ from llmcompress.stages.budget.stage import CHOICES, Budget
 from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.prune.sublayer_dropping import candidates
 from tests.artefacts import CPU
+from tests.caches import own_cache
 from tests.models import pico, tiny
 from tests.pipeline.test_search import Place, opened_base
 
@@ -45,8 +46,16 @@ class WidePlace(Place):
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WidePlace:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+def place(tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch) -> WidePlace:
+    """A base whose formats and widths another search may have measured."""
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
+    return WidePlace(tmp_path)
+
+
+@pytest.fixture
+def new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WidePlace:
+    """A base that no search has measured."""
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(tmp_path / "cache")))
     return WidePlace(tmp_path)
 
 
@@ -121,7 +130,7 @@ def test_a_size_at_which_formats_lose_little_takes_no_widths(place: Place) -> No
 
 
 def test_widths_that_were_measured_are_not_measured_again(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    new_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut, seen = widths._cut, list[int]()
 
@@ -133,11 +142,11 @@ def test_widths_that_were_measured_are_not_measured_again(
 
     monkeypatch.setattr(widths, "_cut", until_the_second)
     with pytest.raises(KeyboardInterrupt):
-        place.search(SMALL)
+        new_place.search(SMALL)
     assert seen == [0, 0, 1], "heads and neurons of the first layer were done"
-    again = place.search(SMALL)
+    again = new_place.search(SMALL)
     assert seen[3:] == [1, 1, 2, 2]
-    assert place.search(SMALL) == again
+    assert new_place.search(SMALL) == again
     assert len(seen) == 7
 
 

@@ -30,6 +30,7 @@ from llmcompress.report.search_facts import SearchFacts
 from llmcompress.stages.budget.stage import CHOICES, Budget
 from tests.artefacts import CPU
 from tests.bases import known, save_base, write_text
+from tests.caches import own_cache
 from tests.models import tiny
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -39,7 +40,7 @@ SIZES = {"num_hidden_layers": 3, "intermediate_size": 128}
 
 
 class Place:
-    """A base with a text, and a cache of its own."""
+    """A base with a text."""
 
     def __init__(self, folder: Path, family: str = "llama", **config: Any) -> None:
         self.base = save_base(folder / "base", family, **{**SIZES, **config})
@@ -58,8 +59,16 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+def place(tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A base whose formats another search may have measured."""
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A base that no search has measured."""
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(tmp_path / "cache")))
     return Place(tmp_path)
 
 
@@ -77,9 +86,9 @@ def test_what_is_found_is_as_small_as_was_asked(place: Place, size: str, tmp_pat
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_smallest_model_has_int8_outside_the_layers(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool, tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
     place = Place(tmp_path, tie_word_embeddings=tied)
     (found,) = place.search("26%").found
     assert found.outside == ("int8 embedding" if tied else "int8 embedding and head")
@@ -88,8 +97,10 @@ def test_the_smallest_model_has_int8_outside_the_layers(
     assert 0.99 * found.size_bytes <= file.stat().st_size <= found.size_bytes
 
 
-def test_all_experts_of_a_layer_take_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+def test_all_experts_of_a_layer_take_the_same_way(
+    tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
     place = Place(tmp_path, "qwen3_moe")
     (found,) = place.search("30%").found
     report = run_recipe(found.recipe, tmp_path / "out")
@@ -105,7 +116,7 @@ def opened_base(
     family: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[partial[DiskModel], torch.Tensor]:
     """What opens a small base in a folder, which has the cache of searches too, and a text for it."""
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(place / "cache"))
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(place / "cache")))
     tiny(family).save_pretrained(place / "base")
     text = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
     return partial(DiskModel, place / "base", CPU), text
@@ -161,7 +172,7 @@ def test_training_may_follow_a_budget(place: Place, tmp_path: Path) -> None:
     assert [stage.name for stage in left.stages] == ["quantize", "distill"]
 
 
-def test_a_search_that_was_interrupted_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_was_interrupted_goes_on(new_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     priced, seen = costs._priced, list[int]()
 
     def until_the_second(model: Any, layer: Any, *rest: Any) -> Any:
@@ -172,13 +183,13 @@ def test_a_search_that_was_interrupted_goes_on(place: Place, monkeypatch: pytest
 
     monkeypatch.setattr(costs, "_priced", until_the_second)
     with pytest.raises(KeyboardInterrupt):
-        place.search("40%")
-    again = place.search("40%")
+        new_place.search("40%")
+    again = new_place.search("40%")
     assert seen == [0, 1, 1, 2], "the first layer was done"
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(place.base.parent / "another"))
-    assert place.search("40%") == again
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(new_place.base.parent / "another"))
+    assert new_place.search("40%") == again
     assert len(seen) == 7
-    place.search("50%")
+    new_place.search("50%")
     assert len(seen) == 7, "another size measures nothing"
 
 
@@ -248,9 +259,9 @@ def test_what_is_found_for_a_memory_stays_within_it_once_it_is_loaded(place: Pla
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_least_memory_has_int8_outside_the_layers(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool, tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
     place = Place(tmp_path, tie_word_embeddings=tied)
     with pytest.raises(CompressError, match="with the cache of 8 tokens") as caught:
         place.search("1%", of="memory", context=8)
@@ -267,23 +278,23 @@ def test_a_longer_context_leaves_less_for_the_weights(place: Place) -> None:
 
 
 def test_a_speed_out_of_reach_says_what_can_be_had_and_nothing_is_timed_twice(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    new_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CompressError, match="the fastest that loads with llmcompress is expected") as first:
-        place.search("1000x", of="tokens_per_s")
+        new_place.search("1000x", of="tokens_per_s")
     with monkeypatch.context() as patched:
         patched.setattr(budgets, "speed_of", None)
         with pytest.raises(CompressError) as again:
-            place.search("1000x", of="tokens_per_s")
+            new_place.search("1000x", of="tokens_per_s")
     assert str(again.value) == str(first.value) and "\n" not in str(first.value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     monkeypatch.setattr(budgets, "speed_of", lambda *_: None)
     with pytest.raises(ModelError, match="too large to be loaded whole"):
-        place.search("1000x", of="tokens_per_s")
+        new_place.search("1000x", of="tokens_per_s")
 
 
 def test_what_is_found_for_a_speed_is_expected_to_reach_it(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine whose times are given."""
 
@@ -302,7 +313,7 @@ def test_what_is_found_for_a_speed_is_expected_to_reach_it(
         return budgets.Times(token=100 * len(shapes) + 900, linears=linears, head=(500, 300))
 
     monkeypatch.setattr(budgets, "_times", known_times)
-    searched = place.search("1.25x", "1.1x", of="tokens_per_s")
+    searched = new_place.search("1.25x", "1.1x", of="tokens_per_s")
     fast, slow = searched.found
     assert (fast.file, slow.file) == ("1.25x-tokens-per-s.yaml", "1.1x-tokens-per-s.yaml")
     for found, factor in ((fast, 1.25), (slow, 1.1)):
@@ -317,8 +328,10 @@ def test_what_is_found_for_a_speed_is_expected_to_reach_it(
     assert "Tokens/s of at least 1.25x" in (tmp_path / "searched" / "search.html").read_text()
 
 
-def test_the_speed_of_experts_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+def test_the_speed_of_experts_is_not_asked_for(
+    tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
     with pytest.raises(ModelError, match="how fast experts are is not timed"):
         Place(tmp_path, "qwen3_moe").search("1.5x", of="tokens_per_s")
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+def place(tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(searches))
     found = Place(tmp_path, vocab_size=264)
     merging_tokenizer().save_pretrained(found.base)
     return found

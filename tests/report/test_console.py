@@ -21,10 +21,11 @@ from llmcompress.io.units import amount, duration, number
 from llmcompress.pipeline.outcome import companions
 from llmcompress.pipeline.plan import PlanRow
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.console import change, print_evaluation, print_plan, print_report
+from llmcompress.report.console import print_evaluation, print_plan, print_report
 from llmcompress.report.model_card import card, evaluations, front_matter, recipe_card
 from llmcompress.report.plots import before_after, error_per_layer, training_curves
 from llmcompress.report.redaction import for_others
+from llmcompress.report.rows import change
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.stage import Distill
 

@@ -18,6 +18,7 @@ from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import RecipeFacts, Report
 from llmcompress.stages.distill.stage import Distill
 from tests.bases import save_base, write_text
+from tests.caches import own_cache
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -41,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "base" / "README.md").write_text(head)
     write_text(folder / "diary.txt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMCOMPRESS_CACHE", str(folder / "cache"))
+        patch.setenv("LLMCOMPRESS_CACHE", str(own_cache(folder / "cache")))
         run_recipe(recipe(folder), folder / "out", base=str(folder / "base"))
     return folder
 

@@ -39,6 +39,7 @@ from llmcompress.stages.distill.trainer import (
 )
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
+from tests.caches import own_cache
 from tests.models import FAMILIES, pico
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -338,7 +339,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(own_cache(tmp_path / "cache")))
 
 
 @pytest.mark.slow(keep=1)

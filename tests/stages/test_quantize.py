@@ -401,3 +401,42 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(
     assert "lm_head.weight" not in written.checkpoint.tensors
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"rounding": "nearest"}, "two_sided is for rounding: gptq and learned"),
+        ({"smooth": {}}, "leave two_sided or smooth"),
+        ({"format": "codebook", "entries": 16}, "not codebook"),
+    ],
+)
+def test_rows_can_be_rounded_together_only_where_that_means_something(
+    settings: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        Quantize.model_validate({"two_sided": True, **settings})
+
+
+def test_recipes_without_two_sided_keep_their_digests() -> None:
+    assert "two_sided" not in Quantize().model_dump()
+
+
+def test_rows_rounded_together_have_other_codes_of_the_same_bytes_and_resume(
+    text: Path, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    sizes, codes = list[int](), list[bytes]()
+    for two_sided in (False, True):
+        recipe = small_recipe(text, base, rounding="gptq", two_sided=two_sided)
+        report = run_recipe(recipe, tmp_path / str(two_sided))
+        sizes.append(known(report.compressed.size_bytes))
+        codes.append((tmp_path / str(two_sided) / "model.safetensors").read_bytes())
+    assert sizes[0] == sizes[1] and codes[0] != codes[1]
+    with pytest.raises(AcceptError):
+        run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again")
+    journal = partial_folder(tmp_path / "again") / "journal"
+    (journal / "quantize.00001.safetensors").unlink()
+    (journal / "fisher-outputs.00000.safetensors").unlink()
+    run_recipe(recipe, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == codes[1]

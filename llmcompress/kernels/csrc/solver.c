@@ -264,3 +264,30 @@ void solver_move(float *near, const float *H, long ld, const float *Q, const flo
         }
     }
 }
+
+/* As `solver_move`, for at most ROWS rows that count together: F [R, R] weighs them, and near is minus half the gradient under
+   both H and F. Weights move one by one, along each column in turn. Leaves the new indices and what the weights change by. */
+void solver_move_together(float *near, const float *H, long ld, const float *F, const float *Q, const float *scale,
+                          const float *levels, const float *middles, int count, long width, long rows, int64_t *index,
+                          float *moved) {
+    const Grid grid = grid_of(levels, middles, count);
+    for (long c = 0; c < width; c++) {
+        const long at = c * rows;
+        const float curvature = H[c * ld + c];
+        float pushed[ROWS] = {0}; /* what the rows moved by in this column, weighed by F */
+        int any = 0;
+        for (long r = 0; r < rows; r++) {
+            const float *weigh = F + r * rows;
+            moved[at + r] = 0;
+            if (!(curvature > 0 && weigh[r] > 0)) continue;
+            const float slope = near[at + r] - curvature * pushed[r];
+            index[at + r] = index_of(&grid, (Q[at + r] + slope / (curvature * weigh[r])) / scale[at + r]);
+            const float step = level_at(&grid, (int)index[at + r]) * scale[at + r] - Q[at + r];
+            if (step == 0) continue;
+            moved[at + r] = step, any = 1;
+#pragma omp simd
+            for (long other = 0; other < rows; other++) pushed[other] += step * weigh[other];
+        }
+        if (any) push(near, H + c * ld, pushed, c, width, rows, rows);
+    }
+}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmcompress.algorithms.logit_chunks import CPU_BYTES
 from llmcompress.algorithms.smoothing import EXPONENTS
+from llmcompress.algorithms.two_sided import PASSES, TOGETHER
 from llmcompress.formats.schemes import GridScheme, QuantScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
@@ -72,6 +73,9 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     # moments of Adam
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + states + 4 * widest * widest
+    if stage.two_sided:
+        rows = [rows for name, (rows, _) in model.linear_maps() if name not in model.expert_linears]
+        floats += sum(R * min(R, TOGETHER) for R in rows) // len(model.layers)
     logits = min(4 * TOKENS_AT_ONCE * model.text_config.vocab_size, CPU_BYTES)
     return int(4 * floats + 2 * logits)
 
@@ -80,8 +84,12 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
     learning = any(isinstance(scheme, GridScheme) for _, scheme, _ in schemes)
-    if (stage.rounding == "learned" and learning) or stage.protect:
+    if ((stage.rounding == "learned" or stage.two_sided) and learning) or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
+    if stage.two_sided:
+        # experts, which read a share of the tokens, are solved as ever
+        weighed = [shape for shape, scheme, share in schemes if isinstance(scheme, GridScheme) and share == 1]
+        time += _two_sided(stage, work, weighed)
     if stage.protect:
         work = replace(work, tokens=min(work.tokens, sensitivity.TOKENS))
         time += _protection(stage, work, schemes)
@@ -90,6 +98,15 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         half = work.half and (stage.protect > 0 or stage.rounding != "nearest")
         time += _smoothing(stage.smooth, work, schemes, streams=1 if stage.protect else 2, half=half)
     return time
+
+
+def _two_sided(stage: Quantize, work: Workload, shapes: Sequence[tuple[int, int]]) -> Time:
+    """The Fisher matrices of the outputs of linears [R, C], and the descent under them."""
+    tokens = min(work.tokens, fisher.tokens_for(work.model.hidden_size, stage.fisher_tokens))
+    summed = sum(work.machine.product(tokens, (R, min(R, TOGETHER))) for R, _ in shapes)
+    within = sum(work.machine.product(C, (R, min(R, TOGETHER))) for R, C in shapes)
+    time = Time({fisher.WHAT: summed, SOLVER: PASSES * within})
+    return time + work.products(2 * PASSES, shapes)
 
 
 def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:

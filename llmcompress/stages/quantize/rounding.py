@@ -51,6 +51,8 @@ class Rounding:
     pooled: Mapping[str, Moments] = field(default_factory=dict)
     # for a weight that an earlier layer has: its codes
     known: Mapping[str, StoredWeight] = field(default_factory=dict)
+    # Fisher matrices of the outputs of linears, in blocks as `two_sided.add_blocks` leaves them
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gptq(
         self,
@@ -63,9 +65,13 @@ class Rounding:
         """Solve for a linear in its scheme under the second moments of the inputs, against the full model's
         outputs if the moments know them.
 
-        `factors` are those of the moments, if other linears share them.
+        `factors` are those of the moments, if other linears share them. Where the Fisher matrix of the
+        outputs is known, it counts too, except in codebooks.
         """
-        return self.codings[linear].solve(W_RC, factors or Factors(moments), input_scale)
+        coding, factors = self.codings[linear], factors or Factors(moments)
+        if linear in self.outputs and isinstance(coding, GridScheme):
+            return coding.solve(W_RC, factors, input_scale, self.outputs[linear].to(self.device))
+        return coding.solve(W_RC, factors, input_scale)
 
     @property
     def learning(self) -> dict[str, GridScheme]:

@@ -19,7 +19,7 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Entered, head_input, walk
 from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LinearRecord, naming_layer
-from llmcompress.stages.fisher import fisher
+from llmcompress.stages.fisher import fisher, outputs_fisher
 from llmcompress.stages.linear_rewriting import install
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.sensitivity import TOKENS, costs, most_hurt
@@ -88,7 +88,8 @@ class LayerQuantizer:
             codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else layer.own(chosen)
             known = {} if head else layer.own(self._known(model, layer, chosen, journal))
             dtype_of = _in_block(model, layer)
-            rounding = Rounding(codings, model.device, dtype_of, layer.own(pooled), known)
+            outputs = {} if head or not self.stage.two_sided else outputs_fisher(context, layer.index)
+            rounding = Rounding(codings, model.device, dtype_of, layer.own(pooled), known, outputs)
             changed = [] if head else self._smoothed(layer, codings, context, dtype_of)
             if not journal.has(STAGE, layer.index):
                 entry = self._head(model, layer, rounding) if head else self._layer(layer, rounding, context)

@@ -57,7 +57,7 @@ ROUNDINGS: Mapping[Effort, Literal["gptq", "learned"]] = {
 }
 STEPS: Mapping[Effort, int] = {"fast": 50, "balanced": 200, "best": 200}
 # settings that weights shared by layers allow only if they are off, `gptq` or `nearest`
-ALONE = ("smooth", "rotate", "protect", "rounding")
+ALONE = ("smooth", "rotate", "protect", "rounding", "two_sided")
 
 
 class Quantize(FormatConfig, ExpertStage):
@@ -66,7 +66,7 @@ class Quantize(FormatConfig, ExpertStage):
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
-    newer: ClassVar[frozenset[str]] = FormatConfig.newer | ExpertStage.newer
+    newer: ClassVar[frozenset[str]] = FormatConfig.newer | ExpertStage.newer | {"two_sided"}
     overrides: dict[str, Override] = Field(
         default={},
         description="other settings for some linears, by name (`*` matches anything) or by an axis they run "
@@ -74,6 +74,11 @@ class Quantize(FormatConfig, ExpertStage):
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(
         default="gptq", description="how codes are chosen; `nearest` is stock bitsandbytes"
+    )
+    two_sided: bool = Field(
+        default=False,
+        description="`gptq`, `learned`: choose the codes of all rows of a linear together, by the Fisher "
+        "matrix of its outputs; not for experts and codebooks",
     )
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=200, description="training steps for each layer, with `rounding: learned`"
@@ -114,6 +119,15 @@ class Quantize(FormatConfig, ExpertStage):
     def _fits_together(self) -> Quantize:
         if "steps" in self.model_fields_set and self.rounding != "learned":
             raise ValueError(f"steps is for rounding: learned, not {self.rounding}")
+        if self.two_sided:
+            if self.rounding == "nearest":
+                raise ValueError("two_sided is for rounding: gptq and learned, not nearest")
+            if self.smooth is not None:
+                raise ValueError(
+                    "two_sided weighs outputs as they are before scales cross; leave two_sided or smooth"
+                )
+            if all(each.format == "codebook" for each in self.formats):
+                raise ValueError("two_sided is for formats with a grid of levels, not codebook")
         for name, override in self.overrides.items():
             try:
                 override.over(self)
@@ -325,7 +339,20 @@ class Quantize(FormatConfig, ExpertStage):
     def fisher_tokens(self) -> int:
         """Tokens, at least, from which the Fisher matrices are computed: more for a training than for a
         ranking."""
-        return MANY if self.rounding == "learned" else TOKENS
+        return MANY if self.rounding == "learned" or self.two_sided else TOKENS
+
+    def _weighed(self, model: LayerwiseModel, solved: Mapping[str, QuantScheme]) -> dict[int, list[str]]:
+        """The linears of each layer whose outputs have Fisher matrices of their own, by their names in it."""
+        if not self.two_sided:
+            return {}
+        grids = {name for name, scheme in solved.items() if isinstance(scheme, GridScheme)}
+        grids -= model.expert_linears.keys()
+        found = {}
+        for index in range(len(model.layers)):
+            start = f"{model.layer_name(index)}."
+            linears = model.anatomy_of_layer(index).linears
+            found[index] = [linear for linear in linears if start + linear in grids]
+        return found
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Quantise every layer that the journal does not hold yet, and leave its tensors and facts there."""
@@ -337,9 +364,9 @@ class Quantize(FormatConfig, ExpertStage):
         steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
         learning = any(isinstance(coding, GridScheme) for coding in solved.values())
-        if (self.rounding == "learned" and learning) or self.protect:
+        if ((self.rounding == "learned" or self.two_sided) and learning) or self.protect:
             # of the full model, so before its embedding is rounded
-            find_fisher(model, context, self.fisher_tokens)
+            find_fisher(model, context, self.fisher_tokens, self._weighed(model, solved))
         full, outer = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
             LayerQuantizer(self).find_hurt(model, context, solved)
