@@ -114,7 +114,7 @@ def int8(module: Any, x: Tensor) -> Tensor | None:
     """The output [..., R] of a Linear8bitLt for x [..., C] in the type of x, or None where bitsandbytes has
     to compute it, as it does with inputs that reach the threshold."""
     state = module.state
-    traced = operators.traced(x, module.bias) and _available()
+    traced = operators.traced(x, module.bias) and not module.training and _available()
     few = packed_gemm.FEW_INTEGERS
     if state.has_fp16_weights or not (traced or packed_gemm.usable(x, module.bias, few)):
         return None
@@ -159,5 +159,6 @@ def _int8(
     bitsandbytes: Any = import_module("bitsandbytes")
     state = bitsandbytes.MatmulLtState()
     state.CB, state.SCB, state.threshold, state.has_fp16_weights = codes, scale, threshold, False
+    state.is_training = False  # else inputs would not be rounded
     found: Tensor = bitsandbytes.matmul(x, codes, bias=bias, state=state)
     return found
