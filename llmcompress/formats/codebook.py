@@ -23,7 +23,7 @@ from llmcompress.algorithms.codebook import ENTRIES, Palette, look_up
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import lookup_dispatch, lut_gemm
+from llmcompress.kernels import lookup_dispatch, lut_gemm, operators
 
 
 @dataclass(frozen=True)
@@ -183,31 +183,27 @@ def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, colum
 
 
 def _weight(
-    packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype
+    packed: Tensor, levels_GL: Tensor, sharing: int, bits: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight [R, C], looked up by torch."""
-    codes_RC = unpack(packed[0], shape[1], layout.index_bits)
-    return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
+    codes_RC = unpack(packed[0], columns, bits)
+    return look_up(codes_RC.int(), levels_GL.to(dtype), sharing)
 
 
-def _product(
-    input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+@operators.operator("codebook_linear", "Tensor weight, Tensor levels, int sharing, int bits")
+def codebook_linear(
+    x: Tensor, rows: int, packed: Tensor, levels_GL: Tensor, sharing: int, bits: int
 ) -> Tensor:
-    """Multiply an input [..., C] to [..., R] in its type, with a kernel where one can run."""
-    if lookup_dispatch.usable(input):
-        out_TR = lookup_dispatch.few_tokens(
-            input.reshape(-1, shape[1]),
-            packed[0],
-            levels_GL,
-            layout.index_bits,
-            sharing=layout.sharing(shape[0]),
-        )
-        return out_TR.reshape(*input.shape[:-1], shape[0])
-    if not _usable(input, packed, levels_GL):
-        return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
-    x_TC = input.reshape(-1, shape[1])
-    out_TR = lut_gemm.product(x_TC, packed[0], levels_GL, layout.sharing(shape[0]), layout.index_bits)
-    return out_TR.reshape(*input.shape[:-1], shape[0])
+    """Multiply x [..., C] by the stored tensors of a CodebookLinear, with a kernel where one can run.
+    `sharing` adjacent rows share a codebook."""
+    C = x.shape[-1]
+    if lookup_dispatch.usable(x):
+        out_TR = lookup_dispatch.few_tokens(x.reshape(-1, C), packed[0], levels_GL, bits, sharing=sharing)
+    elif _usable(x, packed, levels_GL):
+        out_TR = lut_gemm.product(x.reshape(-1, C), packed[0], levels_GL, sharing, bits)
+    else:
+        return nn.functional.linear(x, _weight(packed, levels_GL, sharing, bits, C, x.dtype))
+    return out_TR.reshape(*x.shape[:-1], rows)
 
 
 class _LookUp(torch.autograd.Function):
@@ -215,27 +211,17 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        packed: Tensor,
-        levels_GL: Tensor,
-        layout: CodebookLayout,
-        shape: tuple[int, int],
+        ctx: Any, input: Tensor, rows: int, packed: Tensor, levels_GL: Tensor, sharing: int, bits: int
     ) -> Tensor:
         ctx.save_for_backward(packed, levels_GL)
-        ctx.layout, ctx.shape = layout, shape
-        return _product(input, packed, levels_GL, layout, shape)
+        ctx.sharing, ctx.bits, ctx.columns = sharing, bits, input.shape[-1]
+        return codebook_linear(input, rows, packed, levels_GL, sharing, bits)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         packed, levels_GL = ctx.saved_tensors
-        return (
-            grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        W_RC = _weight(packed, levels_GL, ctx.sharing, ctx.bits, ctx.columns, grads[0].dtype)
+        return grads[0] @ W_RC, None, None, None, None, None
 
 
 def _usable(input: Tensor, *stored: Tensor) -> bool:
@@ -261,13 +247,18 @@ class CodebookLinear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        shape, stored = (self.out_features, self.in_features), (self.weight, self.weight_levels)
-        if torch.compiler.is_compiling():
-            return nn.functional.linear(input, _weight(*stored, self.scheme, shape, input.dtype), bias)
-        if torch.is_grad_enabled() and input.requires_grad:
-            out: Tensor = _LookUp.apply(input, *stored, self.scheme, shape)  # type: ignore[no-untyped-call]
+        sharing, bits = self.scheme.sharing(self.out_features), self.scheme.index_bits
+        stored = self.weight, self.weight_levels, sharing, bits
+        out: Tensor
+        if operators.traced(input, self.bias):
+            out = torch.ops.llmcompress.codebook_linear.default(input, self.out_features, *stored)
+        elif torch.compiler.is_compiling():
+            W_RC = _weight(*stored, self.in_features, input.dtype)
+            return nn.functional.linear(input, W_RC, bias)
+        elif torch.is_grad_enabled() and input.requires_grad:
+            out = _LookUp.apply(input, self.out_features, *stored)  # type: ignore[no-untyped-call]
         else:
-            out = _product(input, *stored, self.scheme, shape)
+            out = codebook_linear(input, self.out_features, *stored)
         return out if bias is None else out + bias
 
     def extra_repr(self) -> str:

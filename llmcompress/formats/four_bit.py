@@ -11,6 +11,7 @@ offloaded, every forward dequantises the weight. R rows (out), C columns (in), G
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -22,7 +23,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import packed_gemm
+from llmcompress.kernels import operators, packed_gemm
 
 if TYPE_CHECKING:
     from llmcompress.formats import bitsandbytes_linear
@@ -120,6 +121,40 @@ def read(
     return bitsandbytes_layout.Packed(codes, absmax, scheme.format, scheme.group_size, dtype, nested)
 
 
+_levels = functools.cache(bitsandbytes_layout.grid)
+
+
+@operators.operator(
+    "four_bit_linear",
+    "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_levels, Tensor? offset, "
+    "Tensor? bias, str format, int group_size",
+)
+def four_bit_linear(
+    x: Tensor,
+    rows: int,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_levels: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    format: bitsandbytes_layout.FourBitFormat,
+    group_size: int,
+) -> Tensor:
+    """Multiply x [..., C] by the stored tensors of a linear in nf4 or fp4, without a gradient: on a CPU by
+    our kernel, for many tokens a piece of the weight at a time."""
+    nested = None
+    if nested_absmax is not None and nested_levels is not None and offset is not None:
+        nested = nested_absmax, nested_levels, offset
+    if packed_gemm.usable(x, bias, few=None) and group_size % packed_gemm.UNIT == 0:
+        sizes = rows, x.shape[-1], group_size
+        return packed_gemm.table_of(weight, _levels(format), absmax, *sizes, nested).linear(x, bias)
+    stored = {"weight": weight, "weight_absmax": absmax, **dict(zip(NESTED, nested or (), strict=False))}
+    layout = FourBitLayout(format, group_size, nested is not None)
+    W_RC = bitsandbytes_layout.dequantize(read(stored, layout, rows, x.shape[-1]), x.dtype)
+    return nn.functional.linear(x, W_RC, None if bias is None else bias.to(x.dtype))
+
+
 class FourBitLinear(StoredLinear):
     """A linear in nf4 or fp4 under flat names, run by the stock kernels; `dtype` is that of the model."""
 
@@ -163,6 +198,14 @@ class FourBitLinear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
+        if operators.traced(input, self.bias):
+            nested = tuple(getattr(self, name) if self.scheme.double_quant else None for name in NESTED)
+            stored = self.weight, self.weight_absmax, *nested, self.bias
+            product = torch.ops.llmcompress.four_bit_linear.default
+            out: Tensor = product(
+                input, self.out_features, *stored, self.scheme.format, self.scheme.group_size
+            )
+            return out
         if self.table and packed_gemm.usable(input, self.bias):
             return self.table[0].linear(input, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)

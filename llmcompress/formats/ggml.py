@@ -25,7 +25,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.codebook import pack, unpack
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
-from llmcompress.kernels import lookup_dispatch, packed_gemm
+from llmcompress.kernels import lookup_dispatch, operators, packed_gemm
 
 GROUP_SIZE = 32
 SCALE = "weight_group_scale"
@@ -95,7 +95,7 @@ class GgmlWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [R, C], computed in float32 and rounded once to `dtype`."""
-        return _weight(pack(self.codes_RC, 4), self.scale_RG, self.layout, dtype)
+        return _weight(pack(self.codes_RC, 4), self.scale_RG, self.layout.format, dtype)
 
 
 def storable(scale_RG: Tensor) -> Tensor:
@@ -117,13 +117,38 @@ def read(tensors: Mapping[str, Tensor], layout: GgmlLayout, rows: int, columns: 
     return GgmlWeight(unpack(tensors["weight"][0], columns, 4), tensors[SCALE], layout)
 
 
-def _weight(packed_RB: Tensor, scale_RG: Tensor, layout: GgmlLayout, dtype: torch.dtype) -> Tensor:
+def _weight(packed_RB: Tensor, scale_RG: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """The weight [R, C] of packed codes and scales. The two integers of a byte are looked up at once."""
-    values = LEVELS[layout.format].to(packed_RB.device)
+    values = LEVELS[format].to(packed_RB.device)
     byte = torch.arange(256, device=packed_RB.device)
     pairs = torch.stack((values[byte >> 4], values[byte & 15]), dim=1).view(torch.int64)[:, 0]
     found = pairs.index_select(0, packed_RB.flatten().int()).view(torch.float32)
     return (found.view(*scale_RG.shape, GROUP_SIZE) * scale_RG.float()[..., None]).flatten(1).to(dtype)
+
+
+@operators.operator("ggml_linear", "Tensor weight, Tensor scale, Tensor? bias, str format")
+def ggml_linear(
+    x: Tensor, rows: int, weight: Tensor, scale_RG: Tensor, bias: Tensor | None, format: str
+) -> Tensor:
+    """Multiply x [..., C] by the stored tensors of a GgmlLinear: on a CPU and, for few tokens, on a GPU by
+    our kernels, unless a gradient is asked for."""
+    if weight.is_cpu and packed_gemm.usable(x, bias, few=None):
+        sizes = rows, x.shape[-1], GROUP_SIZE
+        stored = weight.contiguous(), LEVELS[format], scale_RG.contiguous()
+        return packed_gemm.table_of(*stored, *sizes).linear(x, bias)
+    if lookup_dispatch.usable(x, bias):
+        out_TR = lookup_dispatch.few_tokens(
+            x.reshape(-1, x.shape[-1]),
+            weight[0],
+            lookup_dispatch.on(x.device, LEVELS[format])[None],
+            4,
+            scale_RG=scale_RG,
+            group_size=GROUP_SIZE,
+            bias=bias,
+        )
+        return out_TR.reshape(*x.shape[:-1], rows)
+    W_RC = _weight(weight[0], scale_RG, format, x.dtype)
+    return nn.functional.linear(x, W_RC, None if bias is None else bias.to(x.dtype))
 
 
 class GgmlLinear(StoredLinear):
@@ -134,45 +159,14 @@ class GgmlLinear(StoredLinear):
 
     scheme: GgmlLayout
     weight_group_scale: Tensor
-    table: packed_gemm.Table | None = None  # the stored tensors as the kernel takes them
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
-        stored = self.weight, self.weight_group_scale
-        if self.weight.is_cpu and packed_gemm.usable(input, self.bias, few=None):
-            if self.table is None or not self.table.holds(*stored):
-                self.table = self._table()
-            return self.table.linear(input, self.bias)
-        if lookup_dispatch.usable(input, self.bias):
-            return self._few(input)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        W_RC = _weight(self.weight[0], self.weight_group_scale, self.scheme, input.dtype)
-        return nn.functional.linear(input, W_RC, bias)
-
-    def _few(self, input: Tensor) -> Tensor:
-        """The product of few tokens on a GPU."""
-        x_TC, levels = input.reshape(-1, self.in_features), LEVELS[self.scheme.format]
-        out_TR = lookup_dispatch.few_tokens(
-            x_TC,
-            self.weight[0],
-            lookup_dispatch.on(input.device, levels)[None],
-            4,
-            scale_RG=self.weight_group_scale,
-            group_size=GROUP_SIZE,
-            bias=self.bias,
-        )
-        return out_TR.reshape(*input.shape[:-1], self.out_features)
-
-    def _table(self) -> packed_gemm.Table:
-        """The stored tensors as the kernel takes them."""
-        return packed_gemm.Table(
-            self.weight.detach().contiguous(),
-            LEVELS[self.scheme.format],
-            self.weight_group_scale.detach().contiguous(),
-            self.out_features,
-            self.in_features,
-            GROUP_SIZE,
-        )
+        stored = self.out_features, self.weight, self.weight_group_scale, self.bias, self.scheme.format
+        if operators.traced(input, self.bias):
+            out: Tensor = torch.ops.llmcompress.ggml_linear.default(input, *stored)
+            return out
+        return ggml_linear(input, *stored)
 
     def extra_repr(self) -> str:
         """The scheme, for `print(model)`."""

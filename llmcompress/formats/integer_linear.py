@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmcompress.formats import bitsandbytes_layout, integer
 from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import int8_dispatch, lookup_dispatch, packed_gemm
+from llmcompress.kernels import int8_dispatch, lookup_dispatch, operators, packed_gemm
 
 logger = logging.getLogger(__name__)
 # other CPUs multiply int8 one by one, which is slower than floats
@@ -47,7 +47,6 @@ class IntegerLinear(StoredLinear):
     weight_multiplier: Tensor
     input_scale: Tensor
     expanded: Tensor | None
-    table: packed_gemm.Table | None = None  # 4-bit weights as our kernel takes them with unrounded inputs
     beside = "expanded"
 
     @torch.no_grad()
@@ -74,101 +73,24 @@ class IntegerLinear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
-        if self._usable(input):
-            return self._packed(input)
-        if self.scheme.activations == "none" and self._looked_up(input):
-            return self._few(input)
+        scheme, traced = self.scheme, operators.traced(input, self.bias)
+        step = self.input_scale if scheme.activations == "static" else None
+        multiplier_RG = None if scheme.group_size is None else self.weight_multiplier
+        stored = self.weight, self.weight_scale, multiplier_RG, step, self.expanded, self.bias
+        size, rounded, bits = scheme.group_size or 0, scheme.activations != "none", scheme.activation_bits
+        if traced:
+            product = torch.ops.llmcompress.integer_linear.default
+            out: Tensor = product(input, self.out_features, *stored, size, rounded, bits)
+            return out
+        if not (torch.is_grad_enabled() and (input.requires_grad or _trained(self.bias))):
+            return integer_linear(input, self.out_features, *stored, size, rounded, bits)
         matrix = self.matrix()
-        if self.scheme.activations == "none":
-            return self._unrounded(input, matrix)
-        step = self.input_scale if self.scheme.activations == "static" else None
-        bits = self.scheme.activation_bits
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        if not rounded:
+            return _unrounded(input, matrix, self.weight_scale, self.bias)
+        if not input.requires_grad:
             return _product(input, matrix, self.weight_scale, step, bits, self.bias, input.dtype)
-        out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
+        out = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
         return (out if self.bias is None else out + self.bias).to(input.dtype)
-
-    def _usable(self, input: Tensor) -> bool:
-        """Whether our kernel multiplies this input with the stored tensors."""
-        whole = self.scheme.group_size is None
-        few = packed_gemm.FEW_INTEGERS if whole and self.scheme.activations != "none" else packed_gemm.FEW
-        return (
-            packed_gemm.usable(input, self.bias, few)
-            and (whole or packed_gemm.takes_groups(self.scheme.group_size or 0, self.in_features))
-            and all(one is None or (one.is_cpu and one.is_contiguous()) for one in self._parameters.values())
-        )
-
-    def _packed(self, input: Tensor) -> Tensor:
-        """The product of few tokens by our kernel."""
-        x_TC, size, scale_R = packed_gemm.tokens(input), self.scheme.group_size, self.weight_scale
-        step = self.input_scale if self.scheme.activations == "static" else None
-        bits, rounded = self.scheme.activation_bits, self.scheme.activations != "none"
-        if size is None and rounded:
-            rounding: packed_gemm.Rounding = "dynamic" if step is None else "static"
-            out_TR = packed_gemm.integers_product(
-                x_TC, self.weight[0], scale_R, self.bias, bits=bits, rounding=rounding, step=step
-            )
-        elif size is None:
-            out_TR = packed_gemm.floats_product(x_TC, self.weight[0], scale_R, self.bias)
-        elif rounded:
-            out_TR = packed_gemm.nibbles_product(
-                x_TC, self.weight, self.weight_multiplier, scale_R, size, self.bias, bits=bits, step=step
-            )
-        else:
-            if self.table is None or not self.table.holds(self.weight, self.weight_multiplier, scale_R):
-                self.table = self._table(size)
-            out_TR = self.table.product(x_TC, self.bias)
-        return out_TR.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-
-    def _looked_up(self, input: Tensor) -> bool:
-        """Whether the GPU kernel for unrounded inputs takes this one."""
-        size = self.scheme.group_size
-        fits = size is None or lookup_dispatch.takes_groups(size, self.in_features)
-        return fits and lookup_dispatch.usable(input, self.bias)
-
-    def _few(self, input: Tensor) -> Tensor:
-        """The product of few unrounded tokens on a GPU."""
-        x_TC, size, scale_R = input.reshape(-1, self.in_features), self.scheme.group_size, self.weight_scale
-        if size is None:
-            out_TR = lookup_dispatch.few_tokens(
-                x_TC, self.weight[0], None, 8, row_scale_R=scale_R, bias=self.bias
-            )
-        else:
-            out_TR = lookup_dispatch.few_tokens(
-                x_TC,
-                self.weight,
-                lookup_dispatch.on(input.device, LEVELS)[None],
-                4,
-                scale_RG=self.weight_multiplier,
-                group_size=size,
-                row_scale_R=scale_R,
-                bias=self.bias,
-            )
-        return out_TR.reshape(*input.shape[:-1], self.out_features)
-
-    def _table(self, group_size: int) -> packed_gemm.Table:
-        """A 4-bit weight as our kernel takes it with unrounded inputs."""
-        sizes, scale_R = (self.out_features, self.in_features, group_size), self.weight_scale.detach()
-        weight, multiplier_RG = self.weight.detach(), self.weight_multiplier.detach()
-        return packed_gemm.Table(weight, LEVELS, multiplier_RG, *sizes, row_scale=scale_R)
-
-    def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
-        """The product with unrounded inputs. For few tokens on a CPU the weight is not dequantised as a
-        whole, which takes 25 times as long."""
-        few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
-        if few and not (torch.is_grad_enabled() and input.requires_grad):
-            x_TC = input.reshape(-1, self.in_features)
-            # under torch.compile, the compiler avoids converting the whole weight to float
-            whole = torch.compiler.is_compiling()
-            out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(
-                self.weight_scale
-            )
-            out = out if self.bias is None else out + self.bias
-            return out.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-        weight = (matrix.float() * self.weight_scale[:, None]).to(input.dtype)
-        return nn.functional.linear(
-            input, weight, self.bias if self.bias is None else self.bias.to(input.dtype)
-        )
 
     def extra_repr(self) -> str:
         """The scheme, for `print(model)`."""
@@ -176,6 +98,116 @@ class IntegerLinear(StoredLinear):
             f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, "
             f"group_size={self.scheme.group_size}"
         )
+
+
+@operators.operator(
+    "integer_linear",
+    "Tensor weight, Tensor scale, Tensor? multiplier, Tensor? step, Tensor? expanded, Tensor? bias, "
+    "int group_size, bool rounded, int bits",
+)
+def integer_linear(
+    x: Tensor,
+    rows: int,
+    weight: Tensor,
+    scale_R: Tensor,
+    multiplier_RG: Tensor | None,
+    step: Tensor | None,
+    expanded: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    rounded: bool,
+    bits: int,
+) -> Tensor:
+    """Multiply x [..., C] by the stored tensors of an IntegerLinear, without a gradient: few tokens on a CPU
+    by our kernel. A group size of 0 says that there is one scale per row."""
+    C = x.shape[-1]
+    few = packed_gemm.FEW_INTEGERS if not group_size and rounded else packed_gemm.FEW
+    usable = packed_gemm.usable(x, bias, few) and (not group_size or packed_gemm.takes_groups(group_size, C))
+    if usable and _here(weight, scale_R, multiplier_RG, step, bias):
+        x_TC = packed_gemm.tokens(x)
+        if multiplier_RG is None and rounded:
+            rounding: packed_gemm.Rounding = "dynamic" if step is None else "static"
+            out_TR = packed_gemm.integers_product(
+                x_TC, weight[0], scale_R, bias, bits=bits, rounding=rounding, step=step
+            )
+        elif multiplier_RG is None:
+            out_TR = packed_gemm.floats_product(x_TC, weight[0], scale_R, bias)
+        elif rounded:
+            out_TR = packed_gemm.nibbles_product(
+                x_TC, weight, multiplier_RG, scale_R, group_size, bias, bits=bits, step=step
+            )
+        else:
+            sizes = rows, C, group_size
+            table = packed_gemm.table_of(weight, LEVELS, multiplier_RG, *sizes, row_scale=scale_R)
+            out_TR = table.product(x_TC, bias)
+        return out_TR.to(x.dtype).reshape(*x.shape[:-1], rows)
+    if not rounded and _looked_up(x, bias, group_size):
+        return _few(x, weight, scale_R, multiplier_RG, bias, group_size)
+    if multiplier_RG is None:
+        matrix_RC = weight[0]
+    elif expanded is not None:
+        matrix_RC = expanded
+    else:
+        matrix_RC = integer.expand(integer.unpack(weight, C), multiplier_RG, group_size)
+    if rounded:
+        return _product(x, matrix_RC, scale_R, step, bits, bias, x.dtype)
+    return _unrounded(x, matrix_RC, scale_R, bias)
+
+
+def _looked_up(x: Tensor, bias: Tensor | None, group_size: int) -> bool:
+    """Whether the GPU kernel for unrounded inputs takes these."""
+    fits = not group_size or lookup_dispatch.takes_groups(group_size, x.shape[-1])
+    return fits and lookup_dispatch.usable(x, bias)
+
+
+def _few(
+    x: Tensor,
+    weight: Tensor,
+    scale_R: Tensor,
+    multiplier_RG: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The product of few unrounded tokens on a GPU."""
+    x_TC = x.reshape(-1, x.shape[-1])
+    if multiplier_RG is None:
+        out_TR = lookup_dispatch.few_tokens(x_TC, weight[0], None, 8, row_scale_R=scale_R, bias=bias)
+    else:
+        out_TR = lookup_dispatch.few_tokens(
+            x_TC,
+            weight,
+            lookup_dispatch.on(x.device, LEVELS)[None],
+            4,
+            scale_RG=multiplier_RG,
+            group_size=group_size,
+            row_scale_R=scale_R,
+            bias=bias,
+        )
+    return out_TR.reshape(*x.shape[:-1], len(scale_R))
+
+
+def _here(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are contiguous and on the CPU."""
+    return all(one is None or (one.is_cpu and one.is_contiguous()) for one in tensors)
+
+
+def _trained(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def _unrounded(x: Tensor, matrix_RC: Tensor, scale_R: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with unrounded inputs. For few tokens on a CPU the weight is not dequantised as a whole,
+    which takes 25 times as long."""
+    few = 0 < x[..., 0].numel() <= FEW and x.is_cpu
+    if few and not (torch.is_grad_enabled() and x.requires_grad):
+        x_TC = x.reshape(-1, x.shape[-1])
+        # under torch.compile, the compiler avoids converting the whole weight to float
+        whole = torch.compiler.is_compiling()
+        out = (x_TC.float() @ matrix_RC.float().t() if whole else float_sums(x_TC, matrix_RC)).mul_(scale_R)
+        out = out if bias is None else out + bias
+        return out.to(x.dtype).reshape(*x.shape[:-1], len(matrix_RC))
+    weight = (matrix_RC.float() * scale_R[:, None]).to(x.dtype)
+    return nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
 
 
 def scaled(

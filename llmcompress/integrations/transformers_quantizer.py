@@ -125,6 +125,7 @@ class Quantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
+        """`generate` may compile the decoding of every format."""
         return True
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmcompress.algorithms.activation_quantization import LARGEST
 from llmcompress.kernels.compiled import CompiledKernel
@@ -29,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAST_HALVES = torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 SCALES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}  # types of scales, as packed.c numbers them
 NESTED = 3
+TABLES: Any = WeakTensorKeyDictionary()  # packed weight -> its Table
 ROUNDINGS = {"dynamic": 0, "static": 1, "llm_int8": 2}  # as packed.c numbers them
 Rounding = Literal["dynamic", "static", "llm_int8"]
 
@@ -213,6 +215,29 @@ class Table:
             _threads(out_RC.numel()),
         )
         return _checked(done, out_RC)
+
+
+def table_of(
+    packed: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    group_size: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    row_scale: Tensor | None = None,
+) -> Table:
+    """Return the Table of stored tensors; it is kept while these tensors are where they are.
+
+    Takes what Table takes; `nested` is the nested scales, their levels and the offset. Errors: ValueError.
+    """
+    table: Table | None = TABLES.get(packed)
+    if table is None or not table.holds(packed, scales, row_scale):
+        parts = (None, None, None) if nested is None else nested
+        kept = [None if one is None else one.detach() for one in (*parts, row_scale)]
+        table = Table(packed.detach(), levels, scales.detach(), rows, columns, group_size, *kept)
+        TABLES[packed] = table
+    return table
 
 
 def floats_product(x_TC: Tensor, codes_RC: Tensor, scale_R: Tensor, bias: Tensor | None = None) -> Tensor:

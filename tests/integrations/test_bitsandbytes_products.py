@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,6 +122,40 @@ def test_a_processor_for_which_bitsandbytes_repacks_is_left_to_it() -> None:
     cast_module.support_avx512bf16_for_cpu = True
     with torch.no_grad():
         assert bitsandbytes_products.four_bit(module, x) is None
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("bitsandbytes_four_bit", lambda: four_bit(33, 192, "nf4", True, torch.float32, True)),
+        ("bitsandbytes_four_bit", lambda: four_bit(33, 192, "fp4", False, torch.float32)),
+        ("bitsandbytes_int8", lambda: int8(33, 130, 0.0, torch.float32, True)),
+        ("bitsandbytes_int8", lambda: int8(33, 130, 6.0, torch.float32)),
+    ],
+    ids=["nf4", "fp4", "int8", "int8, threshold 6"],
+)
+def test_a_compiler_sees_one_operator(name: str, module: Callable[[], Any]) -> None:
+    """Few tokens are multiplied as they are without a compiler, bit for bit; many come close."""
+    linear, seen = module(), list[str]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for shape in ((1, linear.in_features), (2, 3, linear.in_features), (40, linear.in_features)):
+        x = noise(*shape, seed=1)
+        with torch.no_grad():
+            exact = linear(x)
+            torch._dynamo.reset()
+            compiled: Any = torch.compile(linear, fullgraph=True, backend=backend)
+            found = compiled(x)
+        assert f"llmcompress.{name}.default" in seen and found.dtype == exact.dtype
+        if x.numel() > packed_gemm.FEW_INTEGERS * x.shape[-1]:
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+        else:
+            assert torch.equal(found, exact)
+        seen.clear()
 
 
 @needs_kernel
