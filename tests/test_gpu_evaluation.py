@@ -44,6 +44,7 @@ def test_a_random_llama_loads_whole_with_its_tokenizer(tied: bool, tmp_path: Pat
     assert len(ids) == 6 and max(ids) < 256
 
 
+@pytest.mark.slow
 def test_a_quantisation_is_measured_up_to_the_written_weights_and_an_absent_rival_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ facts = dict(seconds=1.5, peak_memory_bytes=10, peak_gpu_bytes=None)
 """
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("then", "limit_s", "error"),
     [
@@ -119,6 +121,7 @@ def test_the_command_of_a_rival_names_its_paths_and_the_device(tmp_path: Path) -
     assert command[-4:] == ["--group", "64", "--device", "cuda"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_runs")
 def test_losses_on_a_device_stand_beside_those_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"

@@ -151,6 +151,7 @@ def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer()
     assert not dense.experts
 
 
+@pytest.mark.slow
 def test_a_config_is_proved_once_and_a_damaged_file_of_the_cache_is_no_proof(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +292,7 @@ def test_what_layers_hand_on_in_a_way_that_is_not_known_is_refused_with_this_rea
         proved_walk(changed(handing_on))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4_e2b", "gemma3n"])
 def test_layers_that_read_keys_and_values_of_earlier_ones_are_of_kinds_of_their_own(name: str) -> None:
     config = config_of(name)
@@ -310,6 +312,7 @@ def test_what_a_layer_returns_for_the_next_one_is_found_by_the_argument_that_tak
     assert not any(each.writes for each in found.each_layer or [found])
 
 
+@pytest.mark.slow
 def test_heads_that_other_layers_read_are_not_cut() -> None:
     """Stages choose the heads of each layer by themselves; with one head for all queries, none is chosen."""
     cuts = {
@@ -321,6 +324,7 @@ def test_heads_that_other_layers_read_are_not_cut() -> None:
     assert cuts["gemma3n"] == {frozenset()}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("name", "dim"), [("gemma3n", 0), ("deepseek_v4", 2)])
 def test_states_of_four_dimensions_have_their_streams_where_a_batch_is_not(name: str, dim: int) -> None:
     found = anatomy_like(name)

@@ -201,6 +201,7 @@ SAME: list[list[dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("stages", SAME)
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
 def test_a_family_of_the_table_gives_the_same_bytes_derived(
@@ -405,6 +406,7 @@ def test_what_layers_that_hand_on_can_not_do_is_refused_before_the_run(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
     base, out, report = run_on("gemma3", tmp_path, format="nf4", group_size=32, rounding="nearest")
     assert all(".language_model." in linear.name for linear in report.linears)

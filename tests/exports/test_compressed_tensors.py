@@ -297,6 +297,7 @@ def staged(tmp_path: Path, text: Path, name: str) -> Path:
     return tmp_path / "small"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_runs")
 def test_what_layers_share_is_written_for_each(tmp_path: Path, text: Path) -> None:
     made, tensors = exported(staged(tmp_path, text, "shared"))
@@ -482,7 +483,7 @@ REAL = {"demo": None, "stories260K": SHARED / "stories260K", "wikilm-8m": SHARED
 
 
 @needs_package
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("form", ["w4a16", "w8a8"])
 @pytest.mark.parametrize("name", REAL)

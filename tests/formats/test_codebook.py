@@ -332,6 +332,7 @@ def test_what_is_lost_or_damaged_is_an_error(tmp_path: Path) -> None:
             load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_and_maps(tmp_path: Path) -> None:
     artefact(tmp_path, pico("llama"), LAYOUTS[0])
     model = load(tmp_path, device_map="auto")

@@ -140,6 +140,7 @@ def close(found: list[Tensor], exact: list[Tensor]) -> bool:
     )
 
 
+@pytest.mark.slow(keep=2)
 @every_format
 def test_a_model_is_one_graph_and_computes_what_the_eager_one_does(name: str) -> None:
     make, operator = FORMATS[name]
@@ -176,6 +177,7 @@ def test_an_exported_model_computes_the_same(name: str) -> None:
     assert sum(operators.NAMESPACE in target for target in targets) == (7 if operator else 0)
 
 
+@pytest.mark.slow
 def test_layers_of_different_widths_are_one_graph() -> None:
     model, graphs = model_of(FORMATS["w8a8"][0], narrow=True), Graphs()
     exact = written(model, model)
@@ -184,6 +186,7 @@ def test_layers_of_different_widths_are_one_graph() -> None:
     assert graphs.operators() == 2 * [14 * ["integer_linear"]]
 
 
+@pytest.mark.slow
 def test_an_int8_embedding_and_its_tied_head_are_in_the_graph() -> None:
     model, graphs = model_of(FORMATS["w8a8"][0]), Graphs()
     head = cast(IntegerLinear, of_integers(IntegerLayout("w8a16", "none"))(160, 64, None))

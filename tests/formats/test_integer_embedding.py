@@ -223,6 +223,7 @@ def test_a_model_in_half_precision_says_so_and_generates_with_a_static_cache(
 
 
 # torch 2.13's own compiler does what the warning is about
+@pytest.mark.slow(keep=1)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "opt"])
 def test_a_model_compiles_and_lets_gradients_through_its_head(family: str, tmp_path: Path) -> None:

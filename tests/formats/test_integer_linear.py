@@ -98,6 +98,7 @@ def test_codes_are_the_same_in_floats(bits: int, dtype: torch.dtype) -> None:
 compiler = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
+@pytest.mark.slow
 @compiler
 def test_the_steps_round_a_product_are_one_graph_each_to_a_compiler() -> None:
     for bits, step in ((8, None), (8, torch.tensor(0.02)), (16, None)):

@@ -203,6 +203,7 @@ print([hasattr(kind.forward, "__wrapped__") for kind in (Linear4bit, Linear8bitL
 """
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("value", "wrapped"), [("0", False), ("1", True), (None, True)])
 def test_it_can_be_turned_off(value: str | None, wrapped: bool) -> None:
     environment = {name: text for name, text in os.environ.items() if name != "LLMCOMPRESS_BITSANDBYTES"}

@@ -135,6 +135,7 @@ def test_what_others_may_write_is_never_loaded(
     assert not any(folder.iterdir()) and not any(own.iterdir())
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_kernel_that_others_may_write_is_compiled_again(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"

@@ -119,6 +119,7 @@ def test_integers_are_multiplied_bit_for_bit(
     check_integers(T, R, C, group_size, bits, static, seed)
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize(
     ("form", "march"), [("plain", "x86-64"), ("avx2", "haswell"), ("avx512", "skylake-avx512")]
@@ -141,6 +142,7 @@ def test_the_forms_for_other_processors_compute_the_same(
             check_integers(T, 9, C, 32, bits, static, seed=T)
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_torchs_restriction_to_older_instructions_restricts_the_kernel(
     fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

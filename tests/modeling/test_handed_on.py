@@ -60,6 +60,7 @@ def test_a_walk_gives_the_logits_of_the_whole_model_for_every_batch(model_type: 
         assert all(torch.equal(*pair) for pair in zip(last.inputs, last.reference, strict=True))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("model_type", ["gemma4_e2b", "gemma3n", "zaya", "hy_v4"])
 def test_layers_read_what_the_changed_layers_before_them_hand_on(model_type: str) -> None:
     """Each weight is changed once its layer's moments are read in turn; what was read and what comes out are

@@ -327,6 +327,7 @@ assert not late, late
 """
 
 
+@pytest.mark.slow
 def test_the_command_imports_neither_bitsandbytes_nor_what_reads_text() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

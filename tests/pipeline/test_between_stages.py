@@ -108,6 +108,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_model_between_stages_is_made_again_and_that_is_said(
     damage: str, two_stages: tuple[Recipe, Path]
@@ -152,7 +153,7 @@ def test_a_damaged_layer_is_done_again_and_that_is_said(damage: str, two_stages:
     assert any("1 files of the journal were damaged on the disk" in note for note in notes)
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["distill.00001", "outer.00000", "distilled.00000"])
 def test_a_damaged_part_of_what_was_learned_is_never_left_out(
     name: str, trained: tuple[Recipe, Path]

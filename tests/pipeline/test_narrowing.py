@@ -83,6 +83,7 @@ def test_what_can_go_as_a_whole_goes_where_little_room_is_left(place: Place, tmp
     assert report.stages[0].name == "prune" and report.plug_in
 
 
+@pytest.mark.slow
 def test_parts_go_only_if_the_model_without_them_is_found_to_lose_less(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +114,7 @@ def test_less_than_any_width_leaves_is_refused(place: Place) -> None:
         place.search("3%")
 
 
+@pytest.mark.slow
 def test_what_loads_with_transformers_has_one_width(place: Place, tmp_path: Path) -> None:
     (found,) = place.search("31%", loads_with="transformers").found
     assert found.widths and all(len({*counts}) == 1 for counts in found.widths.values())
@@ -129,6 +131,7 @@ def test_a_size_at_which_formats_lose_little_takes_no_widths(place: Place) -> No
     assert found == place.search("60%", choose_among=["quantize"]).found[0]
 
 
+@pytest.mark.slow
 def test_widths_that_were_measured_are_not_measured_again(
     new_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def loaded(folder: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, model.eval())
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     "stages",
     [
@@ -111,6 +112,7 @@ def test_it_is_compressed_as_any_other(base: Path, stages: list[Any], tmp_path: 
         assert distance(loaded(out)(TOKENS).logits, walked) < 1e-2
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_it_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compress(str(base), recipe(base), str(out), trust_remote_code=True)
@@ -337,6 +339,7 @@ def test_a_run_does_not_resume_with_other_code(
     assert keys[0] == keys[1] != keys[2]
 
 
+@pytest.mark.slow
 def test_a_known_type_is_native_without_the_option_and_its_own_with_it(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     whole = recipe(base)

@@ -55,6 +55,7 @@ def test_the_same_bytes_come_out_again(shelf: Path, tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_that_of_the_report(shelf: Path, copy: Path) -> None:
     before = torch.get_num_threads()
     edit_report(copy, "environment", "device", value=f"a CPU, {before + 1} threads")

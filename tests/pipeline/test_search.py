@@ -97,6 +97,7 @@ def test_the_smallest_model_has_int8_outside_the_layers(
     assert 0.99 * found.size_bytes <= file.stat().st_size <= found.size_bytes
 
 
+@pytest.mark.slow
 def test_all_experts_of_a_layer_take_the_same_way(
     tmp_path: Path, searches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def opened_base(
     return partial(DiskModel, place / "base", CPU), text
 
 
+@pytest.mark.slow
 def test_a_layer_that_hands_on_keys_and_values_is_offered_fine_formats_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_budget_gives_the_bytes_of_the_recipe_that_search_writes(place: Place,
     assert left.stages == written.stages, "the artefact has every choice spelled out"
 
 
+@pytest.mark.slow
 def test_training_may_follow_a_budget(place: Place, tmp_path: Path) -> None:
     distill = {"distill": {"steps": 2, "batch": 2, "train": "norms"}}
     place.run([{"budget": {"size": "40%"}}, distill], tmp_path / "out")
@@ -277,6 +280,7 @@ def test_a_longer_context_leaves_less_for_the_weights(place: Place) -> None:
     assert sizes[0] > sizes[1]
 
 
+@pytest.mark.slow
 def test_a_speed_out_of_reach_says_what_can_be_had_and_nothing_is_timed_twice(
     new_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_the_loss_is_that_of_the_model_read_in_pieces(tmp_path: Path, text: Path
     assert float(kl[:, :31].max()) < 1e-6 < float(kl[:, 31:].min())
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_it_with_a_plain_cache(tmp_path: Path, text: Path) -> None:
     base, out = save_base(tmp_path / "base", "llama"), tmp_path / "out"
     run_recipe(recipe(text, base), out)

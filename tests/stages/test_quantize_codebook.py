@@ -295,6 +295,7 @@ def test_a_tied_head_is_one_int8_matrix_with_the_embedding_or_refused(text: Path
 # Interrupted, told, refused.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("lost", ["00000", "00001"])
 def test_an_interrupted_mixture_goes_on_and_gives_the_same_bytes(
     lost: str, text: Path, tmp_path: Path

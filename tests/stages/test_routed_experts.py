@@ -186,6 +186,7 @@ def test_a_run_that_lost_a_layer_goes_on_and_gives_the_same_bytes(text: Path, tm
     assert same_weights(tmp_path / "once", again)
 
 
+@pytest.mark.slow
 def test_levels_of_experts_learn(text: Path, tmp_path: Path) -> None:
     base, out = small(tmp_path / "base"), tmp_path / "out"
     heal = {"distill": {"train": "scales", "steps": 8, "batch": 2}}

@@ -194,6 +194,7 @@ def test_a_difference_of_full_rank_loses_nothing(family: str, text: Path, tmp_pa
     assert distance(live(load(tmp_path / "out")), live(load(base))) < 1e-3
 
 
+@pytest.mark.slow
 def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = save_base(tmp_path / "base"), {}
     for name, settings in {
