@@ -103,6 +103,7 @@ ATTRIBUTES: dict[str, str] = {
 }
 PRIVATE_OF_TORCH = {
     "_buffers": nn.Module(),
+    "_dynamo": torch,
     "_int_mm": torch,
     "_is_amx_tile_supported": torch.cpu,
     "_is_avx512_bf16_supported": torch.cpu,
