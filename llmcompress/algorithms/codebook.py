@@ -10,7 +10,7 @@ weight itself. G codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,10 +46,12 @@ class Codebooks(Grid):
     of it.
 
     `levels` [G L], `middles` [G, L - 1]; `codes` [G L] are the indices within a codebook. An index counts
-    through the whole table.
+    through the whole table. `rows` adjacent rows share a codebook; `first` is the row at which the rows that
+    are asked about begin.
     """
 
     rows: int
+    first: int = 0
 
     @classmethod
     def of(cls, levels_GL: Tensor, rows: int) -> Codebooks:
@@ -58,16 +60,34 @@ class Codebooks(Grid):
         middles = (levels_GL[:, 1:] + levels_GL[:, :-1]) / 2
         return cls(levels_GL.flatten(), middles, torch.arange(L, device=levels_GL.device).repeat(G), rows)
 
+    def to(self, device: torch.device | str) -> Codebooks:
+        """The same grid on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("levels", "middles", "codes")}
+        return replace(self, **moved)
+
+    def from_row(self, row: int) -> Codebooks:
+        """The grid of the rows from `row` on."""
+        return replace(self, first=self.first + row)
+
     def nearest(self, x: Tensor) -> Tensor:
         """Index (int64, into `levels`) of the level nearest to the weights of each row, [R] or [R, C]."""
         x_RC = x[:, None] if x.dim() == 1 else x
-        x_GN = pad(x_RC, (0, 0, 0, -len(x) % self.rows)).reshape(len(self.middles), -1)
-        own_RC = torch.searchsorted(self.middles, x_GN).reshape(-1, x_RC.shape[1])[: len(x)]
-        return (own_RC + self.offsets(len(x))[:, None]).reshape(x.shape)
+        book_R = self.books(len(x_RC))
+        own_RC = torch.searchsorted(self.middles[book_R], x_RC.contiguous())
+        return (own_RC + book_R[:, None] * self.entries).reshape(x.shape)
+
+    @property
+    def entries(self) -> int:
+        """The number of levels of a codebook."""
+        return self.middles.shape[1] + 1
+
+    def books(self, R: int) -> Tensor:
+        """The codebook of each row, int64 [R]."""
+        return (self.first + torch.arange(R, device=self.levels.device)) // self.rows
 
     def offsets(self, R: int) -> Tensor:
         """Where the codebook of each row begins in the table, int64 [R]."""
-        return torch.arange(R, device=self.levels.device) // self.rows * (self.middles.shape[1] + 1)
+        return self.books(R) * self.entries
 
 
 def look_up(index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:

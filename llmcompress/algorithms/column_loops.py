@@ -80,8 +80,8 @@ def move_together(
     for c, curvature in enumerate(H_BB.diagonal().tolist()):
         for r, weigh in enumerate(weighs):
             if curvature > 0 and weigh > 0:
-                best = Q_BR[c, r] + near_BR[c, r] / (curvature * weigh)
-                index_BR[c, r] = grid.nearest((best / S_BR[c, r])[None])[0]
+                best_R = Q_BR[c] + near_BR[c] / (curvature * weigh)
+                index_BR[c, r] = grid.nearest(best_R / S_BR[c])[r]
                 D_BR[c, r] = grid.levels[index_BR[c, r]] * S_BR[c, r] - Q_BR[c, r]
                 near_BR[c:].addr_(H_BB[c:, c] * D_BR[c, r], F_RR[r], alpha=-1)
     return D_BR

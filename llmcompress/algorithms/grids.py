@@ -76,6 +76,10 @@ class Grid:
             return self
         return Grid(self.levels.to(device), self.middles.to(device), self.codes.to(device))
 
+    def from_row(self, row: int) -> Grid:
+        """The grid of the rows from `row` on: the same one, as all rows have one grid here."""
+        return self
+
     def codes_of(self, index: Tensor) -> Tensor:
         """The codes of level indices, on the CPU; looked up where the indices are, as codes are smaller."""
         return self.codes.to(index.device)[index].cpu()

@@ -35,20 +35,24 @@ def add_blocks(F_RB: Tensor, G_TR: Tensor) -> None:
         F_RB[rows, : G_TB.shape[1]].addmm_(G_TB.T, G_TB)
 
 
+def weighed(F_RB: Tensor, X_RC: Tensor) -> Tensor:
+    """Return F X [R, C], F in blocks as `add_blocks` leaves it."""
+    return torch.cat([F_RB[rows, : _size(rows)] @ X_RC[rows] for rows in blocks_of(len(X_RC))])
+
+
+def diagonal(F_RB: Tensor) -> Tensor:
+    """Return the diagonal [R] of F, in blocks as `add_blocks` leaves it."""
+    return torch.cat([F_RB[rows, : _size(rows)].diagonal() for rows in blocks_of(len(F_RB))])
+
+
 def loss(E_RC: Tensor, H_CC: Tensor, F_RB: Tensor) -> Tensor:
     """Return tr(F E H E^T), F in blocks as `add_blocks` leaves it."""
-    pull_RC = E_RC @ H_CC
-    parts = [
-        ((F_RB[rows, : _size(rows)] @ E_RC[rows]) * pull_RC[rows]).sum() for rows in blocks_of(len(E_RC))
-    ]
-    return torch.stack(parts).sum()
+    return (weighed(F_RB, E_RC) * (E_RC @ H_CC)).sum()
 
 
 def damped_blocks(F_RB: Tensor, damp: float = DAMP) -> Tensor:
     """Return F over the mean of its diagonal, with `damp` added to the diagonal; the identity for F = 0."""
-    found_RB = torch.zeros_like(F_RB)
-    diagonals = [F_RB[rows, : _size(rows)].diagonal() for rows in blocks_of(len(F_RB))]
-    mean = torch.cat(diagonals).mean()
+    found_RB, mean = torch.zeros_like(F_RB), diagonal(F_RB).mean()
     for rows in blocks_of(len(F_RB)):
         block_BB, eye_BB = (
             F_RB[rows, : _size(rows)],
@@ -92,8 +96,9 @@ def descend_together(
                 place = slice(start, start + _size(here))
                 # minus half the gradient of these rows, [C, rows]
                 P_CR = H_CC @ (E_RC[block].T @ F_BB[:, place])
+                own = grid.from_row(here.start)
                 found_RC[here] = _moved(
-                    P_CR, H_CC, F_BB[place, place], found_RC[here], size_RC[here], grid, width, loops
+                    P_CR, H_CC, F_BB[place, place], found_RC[here], size_RC[here], own, width, loops
                 )
                 E_RC[here] = W_RC[here] - grid.levels[found_RC[here]] * size_RC[here]
     return found_RC

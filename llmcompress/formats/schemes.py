@@ -21,6 +21,8 @@ from llmcompress.algorithms.hessian import Factors, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.algorithms.scales import groups_of, integer_scales
+from llmcompress.algorithms.two_sided import damped_blocks
+from llmcompress.algorithms.two_sided_codebook import solve_together
 from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.base import DTYPES, Inputs
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
@@ -488,19 +490,33 @@ class CodebookScheme:
         """Return why a linear [R, C] is not stored in this format, or None."""
         return self.layout.refusal(shape)
 
-    def solve(self, W_RC: Tensor, factors: Factors, input_scale: float | None = None) -> Solution:
+    def solve(
+        self,
+        W_RC: Tensor,
+        factors: Factors,
+        input_scale: float | None = None,
+        F_RB: Tensor | None = None,
+    ) -> Solution:
         """Solve for indices and levels of a weight under the second moments of its inputs, against the full
-        model's outputs if the moments know them. Errors: Overflow for weights beyond the levels' dtype."""
+        model's outputs if the moments know them.
+
+        With the Fisher matrix `F_RB` of the linear's outputs, in blocks as `two_sided.add_blocks` leaves it,
+        both then go on to the least loss under both. Errors: Overflow for weights beyond the levels' dtype.
+        """
         require_within(W_RC, DTYPES[self.layout.dtype], "weights")
+        target_RC, H_CC = retarget(W_RC.float(), factors.moments, factors=factors), factors.moments.H_CC
         palette = solve_codebook(
-            retarget(W_RC.float(), factors.moments, factors=factors),
-            factors.moments.H_CC,
+            target_RC,
+            H_CC,
             self.layout.entries,
             self.layout.sharing(len(W_RC)),
             snap=self.layout.snap,
             factor=factors.ordered,
             loops=codebook_loops.LOOPS,
         )
+        if F_RB is not None:
+            F_RB, snap = damped_blocks(F_RB), self.layout.snap
+            palette = solve_together(target_RC, H_CC, F_RB, palette, snap=snap, loops=codebook_loops.LOOPS)
         return Solution(CodebookWeight.of(palette, self.layout))
 
     def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:

@@ -32,7 +32,7 @@ def _declare(kernel: ctypes.CDLL) -> None:
     kernel.solver_round.argtypes += (*2 * (pointer,), small)
     kernel.solver_move.argtypes = (*2 * (pointer,), long, *4 * (pointer,), small, *3 * (long,))
     kernel.solver_move.argtypes += (*2 * (pointer,), small)
-    kernel.solver_move_together.argtypes = (*2 * (pointer,), long, *5 * (pointer,), small, *2 * (long,))
+    kernel.solver_move_together.argtypes = (*2 * (pointer,), long, *5 * (pointer,), small, *4 * (long,))
     kernel.solver_move_together.argtypes += (*2 * (pointer,),)
 
 
@@ -111,7 +111,7 @@ def move_together(
         index_BR.copy_(index)
         return D_BR.to(near_BR.device)
     contiguous = all(tensor.is_contiguous() for tensor in (near_BR, F_RR, Q_BR, S_BR, index_BR))
-    fits = contiguous and near_BR.shape[1] <= ROWS and not isinstance(grid, Codebooks)
+    fits = contiguous and near_BR.shape[1] <= ROWS
     if not (fits and _takes(grid, near_BR, H_BB, F_RR, Q_BR, S_BR)):
         return plain.move_together(near_BR, H_BB, F_RR, Q_BR, S_BR, grid, index_BR)
     (B, R), H = near_BR.shape, H_BB.contiguous()
@@ -119,8 +119,9 @@ def move_together(
     KERNEL.required.solver_move_together(
         *_at(near_BR, H),
         B,
-        *_at(F_RR, Q_BR, S_BR, grid.levels, grid.middles),
-        len(grid.levels),
+        *_at(F_RR, Q_BR, S_BR),
+        *_levels(grid),
+        grid.first if isinstance(grid, Codebooks) else 0,
         B,
         R,
         *_at(index_BR, D_BR),
@@ -134,7 +135,7 @@ LOOPS = ColumnLoops(search, round_columns, move_columns, move_together)
 def _takes(grid: Grid, *tensors: Tensor) -> bool:
     """Whether the kernel takes such tensors."""
     if isinstance(grid, Codebooks):
-        entries = grid.middles.shape[1] + 1
+        entries = grid.entries
         fits = entries & (entries - 1) == 0 and len(grid.levels) < 2**31
     else:
         fits = len(grid.levels) <= LEVELS or grid.largest > 0
@@ -146,7 +147,7 @@ def _levels(grid: Grid) -> tuple[int, int, int, int]:
     if all rows have one grid."""
     count, rows = len(grid.levels), 0
     if isinstance(grid, Codebooks):
-        count, rows = grid.middles.shape[1] + 1, grid.rows
+        count, rows = grid.entries, grid.rows
     return grid.levels.data_ptr(), grid.middles.data_ptr(), count, rows
 
 

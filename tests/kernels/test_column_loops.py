@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.algorithms import column_loops as plain
+from llmcompress.algorithms.codebook import Codebooks
 from llmcompress.algorithms.grids import Grid, GridFormat, grid
 from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.algorithms.quantize_weight import output_error, solve
@@ -118,6 +119,24 @@ def test_rows_that_count_together_move_as_the_plain_loop_moves_them(
     assert rows == 1 or not torch.equal(ours, index)
     torch.testing.assert_close(D_BR, expected_BR, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours[:, rows - rows // 8 :], index[:, rows - rows // 8 :]), "a dead row was moved"
+
+
+@needs_kernel
+@pytest.mark.parametrize("entries", [4, 16, 256])
+@pytest.mark.parametrize(("shared", "first"), [(1, 0), (3, 4), (100, 0)])
+def test_rows_of_codebooks_move_as_the_plain_loop_moves_them(entries: int, shared: int, first: int) -> None:
+    B, R = 17, 9
+    levels_GL = drawn(-(-(first + R) // shared), entries, seed=6).sort(dim=1).values
+    levels = Codebooks.of(levels_GL, shared).from_row(first)
+    H_CC, F_RR = moments(B, 3, dead=2), moments(R, 5, dead=1)
+    near_BR, ones_BR = drawn(B, R, seed=1), torch.ones(B, R)
+    index = levels.nearest(drawn(R, B, seed=4)).T.contiguous()
+    Q_BR, ours, theirs = levels.levels[index], index.clone(), index.clone()
+    D_BR = column_loops.move_together(near_BR.clone(), H_CC, F_RR, Q_BR, ones_BR, levels, ours)
+    expected_BR = plain.move_together(near_BR.clone(), H_CC, F_RR, Q_BR, ones_BR, levels, theirs)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, index)
+    assert torch.equal(ours // entries, index // entries), "a level of another codebook"
+    torch.testing.assert_close(D_BR, expected_BR, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernel

@@ -408,7 +408,6 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(
     [
         ({"rounding": "nearest"}, "two_sided is for rounding: gptq and learned"),
         ({"smooth": {}}, "leave two_sided or smooth"),
-        ({"format": "codebook", "entries": 16}, "not codebook"),
     ],
 )
 def test_rows_can_be_rounded_together_only_where_that_means_something(

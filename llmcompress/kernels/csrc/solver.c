@@ -265,12 +265,24 @@ void solver_move(float *near, const float *H, long ld, const float *Q, const flo
     }
 }
 
+/* The index of the level nearest to x on the grid of a codebook, and this level. */
+static inline __attribute__((always_inline)) int64_t index_in(const Codebooks *books, long book, float x, float *level) {
+    const float *middle = books->middles + book * (books->entries - 1);
+    int64_t found = 0;
+    for (int half = books->entries / 2; half; half /= 2) found += x > middle[found + half - 1] ? half : 0;
+    found += book * books->entries;
+    *level = books->levels[found];
+    return found;
+}
+
 /* As `solver_move`, for at most ROWS rows that count together: F [R, R] weighs them, and near is minus half the gradient under
-   both H and F. Weights move one by one, along each column in turn. Leaves the new indices and what the weights change by. */
+   both H and F. Weights move one by one, along each column in turn. The codebooks count from `first` rows before these.
+   Leaves the new indices and what the weights change by. */
 void solver_move_together(float *near, const float *H, long ld, const float *F, const float *Q, const float *scale,
-                          const float *levels, const float *middles, int count, long width, long rows, int64_t *index,
-                          float *moved) {
+                          const float *levels, const float *middles, int count, long shared, long first, long width, long rows,
+                          int64_t *index, float *moved) {
     const Grid grid = grid_of(levels, middles, count);
+    const Codebooks books = {levels, middles, count, shared};
     for (long c = 0; c < width; c++) {
         const long at = c * rows;
         const float curvature = H[c * ld + c];
@@ -281,8 +293,11 @@ void solver_move_together(float *near, const float *H, long ld, const float *F, 
             moved[at + r] = 0;
             if (!(curvature > 0 && weigh[r] > 0)) continue;
             const float slope = near[at + r] - curvature * pushed[r];
-            index[at + r] = index_of(&grid, (Q[at + r] + slope / (curvature * weigh[r])) / scale[at + r]);
-            const float step = level_at(&grid, (int)index[at + r]) * scale[at + r] - Q[at + r];
+            const float best = (Q[at + r] + slope / (curvature * weigh[r])) / scale[at + r];
+            float level;
+            if (shared) index[at + r] = index_in(&books, (first + r) / shared, best, &level);
+            else index[at + r] = index_of(&grid, best), level = level_at(&grid, (int)index[at + r]);
+            const float step = level * scale[at + r] - Q[at + r];
             if (step == 0) continue;
             moved[at + r] = step, any = 1;
 #pragma omp simd

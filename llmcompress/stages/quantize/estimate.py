@@ -84,11 +84,11 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
     learning = any(isinstance(scheme, GridScheme) for _, scheme, _ in schemes)
-    if ((stage.rounding == "learned" or stage.two_sided) and learning) or stage.protect:
+    if (stage.rounding == "learned" and learning) or stage.two_sided or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.two_sided:
         # experts, which read a share of the tokens, are solved as ever
-        weighed = [shape for shape, scheme, share in schemes if isinstance(scheme, GridScheme) and share == 1]
+        weighed = [shape for shape, _, share in schemes if share == 1]
         time += _two_sided(stage, work, weighed)
     if stage.protect:
         work = replace(work, tokens=min(work.tokens, sensitivity.TOKENS))

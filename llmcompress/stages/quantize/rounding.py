@@ -66,12 +66,12 @@ class Rounding:
         outputs if the moments know them.
 
         `factors` are those of the moments, if other linears share them. Where the Fisher matrix of the
-        outputs is known, it counts too, except in codebooks.
+        outputs is known, it counts too.
         """
-        coding, factors = self.codings[linear], factors or Factors(moments)
-        if linear in self.outputs and isinstance(coding, GridScheme):
-            return coding.solve(W_RC, factors, input_scale, self.outputs[linear].to(self.device))
-        return coding.solve(W_RC, factors, input_scale)
+        factors, F_RB = factors or Factors(moments), self.outputs.get(linear)
+        if F_RB is not None:
+            F_RB = F_RB.to(self.device)
+        return self.codings[linear].solve(W_RC, factors, input_scale, F_RB)
 
     @property
     def learning(self) -> dict[str, GridScheme]:

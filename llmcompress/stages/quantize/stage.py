@@ -78,7 +78,7 @@ class Quantize(FormatConfig, ExpertStage):
     two_sided: bool = Field(
         default=False,
         description="`gptq`, `learned`: choose the codes of all rows of a linear together, by the Fisher "
-        "matrix of its outputs; not for experts and codebooks",
+        "matrix of its outputs; not for experts",
     )
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=200, description="training steps for each layer, with `rounding: learned`"
@@ -126,8 +126,6 @@ class Quantize(FormatConfig, ExpertStage):
                 raise ValueError(
                     "two_sided weighs outputs as they are before scales cross; leave two_sided or smooth"
                 )
-            if all(each.format == "codebook" for each in self.formats):
-                raise ValueError("two_sided is for formats with a grid of levels, not codebook")
         for name, override in self.overrides.items():
             try:
                 override.over(self)
@@ -345,13 +343,12 @@ class Quantize(FormatConfig, ExpertStage):
         """The linears of each layer whose outputs have Fisher matrices of their own, by their names in it."""
         if not self.two_sided:
             return {}
-        grids = {name for name, scheme in solved.items() if isinstance(scheme, GridScheme)}
-        grids -= model.expert_linears.keys()
+        ours = solved.keys() - model.expert_linears.keys()
         found = {}
         for index in range(len(model.layers)):
             start = f"{model.layer_name(index)}."
             linears = model.anatomy_of_layer(index).linears
-            found[index] = [linear for linear in linears if start + linear in grids]
+            found[index] = [linear for linear in linears if start + linear in ours]
         return found
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
@@ -364,7 +361,7 @@ class Quantize(FormatConfig, ExpertStage):
         steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
         learning = any(isinstance(coding, GridScheme) for coding in solved.values())
-        if ((self.rounding == "learned" or self.two_sided) and learning) or self.protect:
+        if (self.rounding == "learned" and learning) or self.two_sided or self.protect:
             # of the full model, so before its embedding is rounded
             find_fisher(model, context, self.fisher_tokens, self._weighed(model, solved))
         full, outer = settle_outer(model, context, chosen)
