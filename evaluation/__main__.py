@@ -24,7 +24,7 @@ SCRIPTS = {
     ),
     "ablation": Script("ablation", "15 min", "what each ingredient of the 4-bit solver contributes"),
     "two-sided": Script(
-        "two_sided", "3 h", "4-bit roundings of each row by itself and of all rows of a linear together"
+        "two_sided", "3 h", "roundings of each row by itself and of all rows of a linear together"
     ),
     "outliers": Script(
         "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"

@@ -237,9 +237,10 @@ class BosRow(Facts):
 
 
 class TwoSidedRow(Loss):
-    """A rounding on a model, with or without all rows of a linear rounded together."""
+    """A rounding in a format on a model, with or without all rows of a linear rounded together."""
 
     model: str
+    format: str
     rounding: str
     two_sided: bool
     size_bytes: int

@@ -1,11 +1,12 @@
-"""What is it worth to round all rows of a linear together? NF4 with scales in 8 bits, with `two_sided` and
+"""What is it worth to round all rows of a linear together? Formats of 4 bits and less, with `two_sided` and
 without.
 
-    python -m evaluation two-sided [--models stories260k ...] [--roundings gptq learned] [--threads 1]
+    python -m evaluation two-sided [--models stories260k ...] [--formats nf4 codebook-8 ...]
+                                   [--roundings gptq learned] [--threads 1]
 
 Each row is a whole run from disk to disk and its own report, on the sequences that models.py gives for the
-model, beside nearest codes, which are stock bitsandbytes at the same bytes. A row is written to
-results/two_sided.json as soon as it is measured.
+model. Nearest codes are measured for NF4 with scales in 8 bits, where they are stock bitsandbytes. A row is
+written to results/two_sided.json as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -14,22 +15,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from evaluation import machine, results
 from evaluation.models import SUBJECTS, present
 from evaluation.options import parser
 from evaluation.results import TwoSidedRow
-from evaluation.runs import known, losses, run, seconds
+from evaluation.runs import Stage, known, losses, run, seconds
 from llmcompress.recipe.recipe import Recipe
 
-FORMAT = {"format": "nf4", "group_size": 64, "double_quant": True}
+STOCK = "nf4"
+FORMATS: dict[str, Stage] = {
+    STOCK: {"format": "nf4", "group_size": 64, "double_quant": True},
+    "w4a16": {"format": "w4a16", "group_size": 64},
+    "w4a8": {"format": "w4a8", "group_size": 64},
+    "codebook-8": {"format": "codebook", "entries": 8},
+    "codebook-4": {"format": "codebook", "entries": 4},
+}
 ROUNDINGS = ("nearest", "gptq", "learned")
 
 
-def measure(model: str, rounding: str, two_sided: bool) -> TwoSidedRow:
-    """Run one rounding on one model."""
-    subject, settings = SUBJECTS[model], FORMAT | {"rounding": rounding}
+def measure(model: str, format: str, rounding: str, two_sided: bool) -> TwoSidedRow:
+    """Run one rounding in one format on one model."""
+    subject, settings = SUBJECTS[model], FORMATS[format] | {"rounding": rounding}
     if two_sided:
         settings |= {"two_sided": True}
     recipe = Recipe.model_validate({"data": subject.data(), "stages": [{"quantize": settings}]})
@@ -40,6 +49,7 @@ def measure(model: str, rounding: str, two_sided: bool) -> TwoSidedRow:
     return TwoSidedRow(
         **losses(report),
         model=model,
+        format=format,
         rounding=rounding,
         two_sided=two_sided,
         size_bytes=int(known(report.compressed.size_bytes)),
@@ -52,18 +62,19 @@ def measure(model: str, rounding: str, two_sided: bool) -> TwoSidedRow:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure every rounding on every model, and write each row."""
+    """Measure every rounding in every format on every model, and write each row."""
     options = parser("two-sided", __doc__)
     options.add_argument("--models", nargs="+", choices=SUBJECTS, default=present())
+    options.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     options.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     given = machine.parse(options, argv, threads=1)
-    for model in given.models:
-        for rounding in given.roundings:
-            for two_sided in (False,) if rounding == "nearest" else (False, True):
-                row = measure(model, rounding, two_sided)
-                rows = results.merge("two_sided", ("model", "rounding", "two_sided"), row)
-                results.write("two_sided", machine.head(), {"rows": rows})
-                print(
-                    f"{model}: {rounding}, two_sided {two_sided}: KL {row.kl_nats_mean:.6f}", file=sys.stderr
-                )
+    for model, format, rounding in product(given.models, given.formats, given.roundings):
+        if rounding == "nearest" and format != STOCK:
+            continue
+        for two_sided in (False,) if rounding == "nearest" else (False, True):
+            row = measure(model, format, rounding, two_sided)
+            rows = results.merge("two_sided", ("model", "format", "rounding", "two_sided"), row)
+            results.write("two_sided", machine.head(), {"rows": rows})
+            said = f"{model}: {format}, {rounding}, two_sided {two_sided}: KL {row.kl_nats_mean:.6f}"
+            print(said, file=sys.stderr)
     return 0
