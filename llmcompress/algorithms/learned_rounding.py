@@ -4,14 +4,16 @@ GPTQ solves one linear at a time. Here the codes and scales of all linears of a 
 that they make up for each other's errors and for those of earlier layers. A weight is a *position* on its
 grid: 3.25 is a quarter of the way from level 3 to level 4. The forward pass rounds it; the backward pass
 gives it the gradient of its rounded value. So steps are in units of the local code spacing and mean the same
-everywhere on an uneven grid.
+everywhere on an uneven grid. What a position means is up to what is trained: codes on a grid here, codes in
+codebooks in `learned_codebook`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap
 from llmcompress.algorithms.scales import groups_of, spread
 
 RATE = 1.25e-3  # first step in code spacings; with eight times this, noise undoes half the gain of 200 steps
-SCALE_RATE = 2e-3  # first step of a scale, relative to itself
+GAIN_RATE = 2e-3  # first step of a scale, relative to itself
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [R, C] by name, step) -> scalar
 
 
@@ -59,60 +61,95 @@ class _Round(torch.autograd.Function):
         return (groups * step * scale[..., None]).view_as(grad), (groups * levels).sum(-1), None
 
 
-def start_position(W_RC: Tensor, start: RoundedWeight, grid: Grid) -> Tensor:
-    """Return the position nearest to W's own that still rounds to the codes of `start`."""
-    own = grid.position(W_RC / spread(start.scale_RG, W_RC.shape[1] // start.scale_RG.shape[1]))
-    return own.clamp(start.index_RC - 0.499, start.index_RC + 0.499)
+def within(own_RC: Tensor, index_RC: Tensor) -> Tensor:
+    """Return the positions nearest to a weight's own that still round to the codes of a start."""
+    return own_RC.clamp(index_RC - 0.499, index_RC + 0.499)
+
+
+class Trainable(Protocol):
+    """A linear that is trained: what it starts from, and what its positions and gains stand for."""
+
+    def position(self, W_RC: Tensor) -> Tensor:
+        """The position nearest to W's own that still rounds to the codes of the start, [R, C]."""
+
+    def gain(self) -> Tensor:
+        """What is trained beside the positions, as it begins."""
+
+    def weight(self, position_RC: Tensor, gain: Tensor) -> Tensor:
+        """The weights [R, C] that positions round to under gains, with the gradient of both."""
+
+    def ended(self, position_RC: Tensor, gain: Tensor) -> Self:
+        """The same linear at the end of a training."""
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """Codes and scales on a grid from which a training starts. With `snap`, codes are trained under the
+    storable scales nearest to the trained ones. A gain [R, G] moves a scale, relative to itself."""
+
+    rounded: RoundedWeight
+    grid: Grid
+    snap: Snap | None = None
+
+    def position(self, W_RC: Tensor) -> Tensor:
+        """The position nearest to W's own that still rounds to the codes of the start, [R, C]."""
+        scale_RG = self.rounded.scale_RG
+        own_RC = self.grid.position(W_RC / spread(scale_RG, W_RC.shape[1] // scale_RG.shape[1]))
+        return within(own_RC, self.rounded.index_RC)
+
+    def gain(self) -> Tensor:
+        """What the scales begin at: zeros [R, G]."""
+        return torch.zeros_like(self.rounded.scale_RG)
+
+    def weight(self, position_RC: Tensor, gain: Tensor) -> Tensor:
+        """The weights [R, C] that positions and scales round to; gradients pass the rounding of both."""
+        return _round(position_RC, _snapped(self.rounded.scale_RG * (1 + gain), self.snap), self.grid)
+
+    def ended(self, position_RC: Tensor, gain: Tensor) -> OnGrid:
+        """The codes, and the scales before snapping, at the end of a training."""
+        index_RC = position_RC.round().long().clamp_(0, len(self.grid.levels) - 1)
+        return OnGrid(RoundedWeight(index_RC, self.rounded.scale_RG * (1 + gain)), self.grid, self.snap)
 
 
 def learn(
     weights: Mapping[str, Tensor],
-    starts: Mapping[str, RoundedWeight],
-    grids: Mapping[str, Grid],
+    starts: Mapping[str, Trainable],
     loss: Loss,
     *,
     steps: int,
-    snaps: Mapping[str, Snap] | None = None,
     rate: float = RATE,
-    scale_rate: float = SCALE_RATE,
+    gain_rate: float = GAIN_RATE,
     add: Callable[..., None] = lambda *gradients: None,
-) -> dict[str, RoundedWeight]:
-    """Return the codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
+) -> dict[str, Trainable]:
+    """Return all `weights` as they are after `steps` of Adam on `loss`, under a cosine schedule.
 
-    Each weight has its own grid. With `snaps`, codes are trained under the storable scales nearest to the
-    trained ones; the scales are returned before snapping. `rate` is the size of the first step in code
-    spacings, `scale_rate` that of a scale relative to itself. If `loss` is one process's part of a sum, `add`
-    replaces gradients by their sums over all processes.
+    `rate` is the size of the first step in code spacings, `gain_rate` that of a gain: of a scale relative to
+    itself, of a level in units of its spacing. If `loss` is one process's part of a sum, `add` replaces
+    gradients by their sums over all processes.
 
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven
-    grids, in units of the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
+    grids and in codebooks, in units of the local spacing, started from GPTQ, with Adam, and under whatever
+    metric `loss` has.
     """
-    positions = {
-        name: start_position(weights[name], start, grids[name]).requires_grad_()
-        for name, start in starts.items()
-    }
-    gains = {name: torch.zeros_like(start.scale_RG).requires_grad_() for name, start in starts.items()}
+    positions = {name: start.position(weights[name]).requires_grad_() for name, start in starts.items()}
+    gains = {name: start.gain().requires_grad_() for name, start in starts.items()}
     optimizer = torch.optim.Adam(
         [
             {"params": list(positions.values()), "lr": rate},
-            {"params": list(gains.values()), "lr": scale_rate},
+            {"params": list(gains.values()), "lr": gain_rate},
         ],
         betas=(0.9, 0.99),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
     )
-    snap = (snaps or {}).get
     for step in range(steps):
-        scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap(name)) for name in starts}
-        rounded = {name: _round(positions[name], scales[name], grids[name]) for name in starts}
+        rounded = {name: start.weight(positions[name], gains[name]) for name, start in starts.items()}
         optimizer.zero_grad()
         loss(rounded, step).backward()
         add(*(parameter.grad for parameter in (*positions.values(), *gains.values())))
         optimizer.step()
         schedule.step()
-    found = {}
-    for name, start in starts.items():
-        index_RC = positions[name].detach().round().long().clamp_(0, len(grids[name].levels) - 1)
-        found[name] = RoundedWeight(index_RC, start.scale_RG * (1 + gains[name].detach()))
-    return found
+    return {
+        name: start.ended(positions[name].detach(), gains[name].detach()) for name, start in starts.items()
+    }

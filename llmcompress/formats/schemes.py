@@ -15,9 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.codebook import solve_codebook, solve_nearest
+from llmcompress.algorithms.codebook import Palette, solve_codebook, solve_nearest
 from llmcompress.algorithms.grids import GGML_UNIT, Grid, grid
 from llmcompress.algorithms.hessian import Factors, retarget
+from llmcompress.algorithms.learned_codebook import InCodebooks
+from llmcompress.algorithms.learned_rounding import OnGrid, Trainable
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.algorithms.scales import groups_of, integer_scales
@@ -135,6 +137,16 @@ class GridScheme(ABC):
             self.grid.to(result.index_RC.device),
             result.scale_RG,
         )
+
+    def trainable(self, solution: Solution, device: torch.device) -> OnGrid:
+        """A solution of this scheme as a training takes it."""
+        assert isinstance(solution, GridSolution)
+        return OnGrid(solution.rounded, solution.grid, self.snap)
+
+    def trained(self, end: Trainable, input_scale: float | None = None) -> Solution:
+        """The solution that a training ended in."""
+        assert isinstance(end, OnGrid)
+        return self.solution(end.rounded, input_scale)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds the inputs of a linear: None if it does not round them."""
@@ -518,6 +530,18 @@ class CodebookScheme:
             F_RB, snap = damped_blocks(F_RB), self.layout.snap
             palette = solve_together(target_RC, H_CC, F_RB, palette, snap=snap, loops=codebook_loops.LOOPS)
         return Solution(CodebookWeight.of(palette, self.layout))
+
+    def trainable(self, solution: Solution, device: torch.device) -> InCodebooks:
+        """A solution of this scheme as a training takes it."""
+        stored = solution.stored
+        assert isinstance(stored, CodebookWeight)
+        index_RC, levels_GL = stored.codes_RC.to(device).long(), stored.levels_GL.to(device).float()
+        return InCodebooks(Palette(index_RC, levels_GL, self.layout.sharing(len(index_RC))), self.layout.snap)
+
+    def trained(self, end: Trainable, input_scale: float | None = None) -> Solution:
+        """The solution that a training ended in."""
+        assert isinstance(end, InCodebooks)
+        return Solution(CodebookWeight.of(end.palette, self.layout))
 
     def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
         """Another process's solution for a linear of so many columns, from its parts."""

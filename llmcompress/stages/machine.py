@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmcompress.algorithms.codebook import Palette, nearest
 from llmcompress.algorithms.hessian import Factors, Moments, inverse_factor
-from llmcompress.algorithms.learned_rounding import learn
+from llmcompress.algorithms.learned_codebook import InCodebooks
+from llmcompress.algorithms.learned_rounding import OnGrid, Trainable, learn
 from llmcompress.algorithms.obs import remove
 from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.smoothing import fitted
 from llmcompress.formats import registry
-from llmcompress.formats.schemes import GridScheme, QuantScheme
+from llmcompress.formats.schemes import CodebookScheme, QuantScheme
 from llmcompress.kernels import moments as half_moments
 from llmcompress.kernels.moments import HalfMoments
 from llmcompress.modeling.half_precision import half_precision
@@ -172,25 +174,35 @@ class Machine:
 
         return self._timed(("smoothing", tokens, rows, C), made) * PART * columns / C
 
-    def learning(self, shape: tuple[int, int], scheme: GridScheme) -> float:
-        """Seconds of one training step of the codes and scales of a weight [R, C] = `shape`, without its
-        passes."""
+    def learning(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
+        """Seconds of one training step of the codes, and scales or levels, of a weight [R, C] = `shape`,
+        without its passes."""
         R, C = shape
         rows = min(R, ROWS)
 
         def made() -> Run:
-            W_RC, grid = self._random(rows, C), scheme.grid.to(self.device)
-            scale_RG = torch.ones(rows, C // scheme.columns((rows, C)), device=self.device)
-            start = RoundedWeight(grid.nearest(W_RC), scale_RG)
+            W_RC = self._random(rows, C)
+            start = self._start(W_RC, scheme)
 
             def loss(rounded: Mapping[str, Tensor], step: int) -> Tensor:
                 return rounded[""].sum()
 
-            return lambda: learn(
-                {"": W_RC}, {"": start}, {"": grid}, loss, steps=STEPS, snaps={"": scheme.snap}
-            )
+            return lambda: learn({"": W_RC}, {"": start}, loss, steps=STEPS)
 
         return self._timed(("learning", rows, C, scheme), made) / STEPS * R / rows
+
+    def _start(self, W_RC: Tensor, scheme: QuantScheme) -> Trainable:
+        """Something of a scheme to train, nearest codes in even codebooks or under scales of one."""
+        R, C = W_RC.shape
+        if isinstance(scheme, CodebookScheme):
+            rows, L = scheme.layout.sharing(R), scheme.layout.entries
+            levels_GL = torch.linspace(-1, 1, L, device=self.device).repeat(-(-R // rows), 1)
+            return InCodebooks(Palette(nearest(W_RC, levels_GL, rows), levels_GL, rows), scheme.layout.snap)
+        grid, scale_RG = (
+            scheme.grid.to(self.device),
+            torch.ones(R, C // scheme.columns((R, C)), device=self.device),
+        )
+        return OnGrid(RoundedWeight(grid.nearest(W_RC), scale_RG), grid, scheme.snap)
 
     def removal(self, columns: int, units: int, gone: int) -> float:
         """Seconds to remove `gone` of `units` units one after another, which `columns` columns belong to."""

@@ -10,6 +10,7 @@ scales are left to gain by.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.gptq import gptq
 from llmcompress.algorithms.grids import GridFormat, grid
-from llmcompress.algorithms.learned_rounding import _round, learn, start_position
+from llmcompress.algorithms.learned_rounding import Loss, OnGrid, _round, learn
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.algorithms.scales import groups_of, search_scales, spread
 from tests.algorithms.test_gptq import nearest, problem
@@ -39,28 +40,32 @@ def wrong(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> Tensor:
     return ((E @ H_CC) * E).sum()
 
 
+def learned(
+    weights: Mapping[str, Tensor], starts: Mapping[str, OnGrid], loss: Loss, **settings: Any
+) -> dict[str, RoundedWeight]:
+    """The codes and scales that a training of linears on grids ends in."""
+    ends = dict[str, RoundedWeight]()
+    for name, end in learn(weights, starts, loss, **settings).items():
+        assert isinstance(end, OnGrid)
+        ends[name] = end.rounded
+    return ends
+
+
 def one_linear(
     W_RC: Tensor, H_CC: Tensor, start: RoundedWeight, format: GridFormat, steps: int, rate: float = 0.01
 ) -> RoundedWeight:
     def loss(rounded: Mapping[str, Tensor], step: int) -> Tensor:
         return wrong(W_RC, rounded["linear"], H_CC)
 
-    return learn(
-        {"linear": W_RC},
-        {"linear": start},
-        {"linear": grid(format)},
-        loss,
-        steps=steps,
-        rate=rate,
-        scale_rate=1e-3,
-    )["linear"]
+    starts = {"linear": OnGrid(start, grid(format))}
+    return learned({"linear": W_RC}, starts, loss, steps=steps, rate=rate, gain_rate=1e-3)["linear"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
 def test_training_starts_at_exactly_the_codes_of_the_start(format: GridFormat, seed: int) -> None:
     W_RC, _, start = linear(seed, format)
-    position = start_position(W_RC, start, grid(format))
+    position = OnGrid(start, grid(format)).position(W_RC)
     assert torch.equal(position.round().long(), start.index_RC)
     assert torch.equal(_round(position, start.scale_RG, grid(format)), start.weight(grid(format)))
 
@@ -72,13 +77,13 @@ def test_training_starts_at_the_codes_of_any_start_however_far_from_the_weights(
     anywhere = RoundedWeight(
         torch.randint(len(grid(format).levels), W_RC.shape, generator=generator), start.scale_RG
     )
-    assert torch.equal(start_position(W_RC, anywhere, grid(format)).round().long(), anywhere.index_RC)
+    assert torch.equal(OnGrid(anywhere, grid(format)).position(W_RC).round().long(), anywhere.index_RC)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_weight_whose_code_is_the_nearest_starts_at_its_own_position(format: GridFormat) -> None:
     W_RC, _, start = linear(1, format)
-    position = start_position(W_RC, start, grid(format))
+    position = OnGrid(start, grid(format)).position(W_RC)
     own = grid(format).position(W_RC / spread(start.scale_RG, BLOCK))
     kept = (own - start.index_RC).abs() < 0.499
     assert torch.equal(position[kept], own[kept])
@@ -126,14 +131,13 @@ def test_a_step_of_one_goes_one_code_towards_the_loss(sign: float) -> None:
     way = torch.tensor([[1, -1] * 8])
     scale = torch.tensor([[0.3 * sign]])
     start, target = RoundedWeight(index, scale), RoundedWeight(index + way, scale).weight(levels)
-    result = learn(
+    result = learned(
         {"a": start.weight(levels)},
-        {"a": start},
-        {"a": levels},
+        {"a": OnGrid(start, levels)},
         lambda rounded, step: (rounded["a"] - target).square().sum(),
         steps=1,
         rate=1.0,
-        scale_rate=0.0,
+        gain_rate=0.0,
     )["a"]
     assert torch.equal(result.index_RC, index + way)
     assert torch.equal(result.scale_RG, scale)
@@ -195,7 +199,7 @@ def test_the_loss_sees_every_step_once_and_the_codes_of_the_start_first() -> Non
         seen.append(step)
         return wrong(W_RC, rounded["linear"], H_CC)
 
-    learn({"linear": W_RC}, {"linear": start}, {"linear": grid("nf4")}, loss, steps=7)
+    learned({"linear": W_RC}, {"linear": OnGrid(start, grid("nf4"))}, loss, steps=7)
     assert seen == list(range(7))
 
 
@@ -210,9 +214,8 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Grid
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return (X_TC @ (rounded["b"] + rough - A_RC - B_RC).T).square().sum(1).mean()
 
-    result = learn(
-        {"b": B_RC}, {"b": start}, {"b": grid(format)}, loss, steps=100, rate=0.01, scale_rate=1e-3
-    )["b"]
+    starts = {"b": OnGrid(start, grid(format))}
+    result = learned({"b": B_RC}, starts, loss, steps=100, rate=0.01, gain_rate=1e-3)["b"]
     before, after = (loss({"b": x.weight(grid(format))}) for x in (start, result))
     assert after < 0.8 * before
 
@@ -242,9 +245,8 @@ def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: Gr
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return ((drifted @ rounded["up"].T).relu() @ rounded["down"].T - target).square().sum(1).mean()
 
-    results = learn(
-        weights, starts, dict.fromkeys(starts, grid(format)), loss, steps=100, rate=0.01, scale_rate=1e-3
-    )
+    on_grids = {name: OnGrid(start, grid(format)) for name, start in starts.items()}
+    results = learned(weights, on_grids, loss, steps=100, rate=0.01, gain_rate=1e-3)
     before, after = (
         loss({name: x.weight(grid(format)) for name, x in found.items()}) for found in (starts, results)
     )

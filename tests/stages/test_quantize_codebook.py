@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.codebook import kmeans
+from llmcompress.algorithms.codebook import Palette, kmeans
 from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.errors import AcceptError, ModelError, RecipeError
 from llmcompress.formats import registry
-from llmcompress.formats.codebook import CodebookLayout, CodebookLinear
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GridSolution
+from llmcompress.formats.codebook import CodebookLayout, CodebookLinear, CodebookWeight
+from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GridSolution, Solution
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel
@@ -196,8 +196,8 @@ def test_nearest_takes_the_levels_of_k_means_and_the_nearest_of_them(text: Path,
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
 
 
-def test_learned_trains_the_others_and_holds_codebooks_as_they_were_solved() -> None:
-    """From scales that are a tenth too large, so that there is something to learn."""
+def test_learned_trains_codebooks_with_the_other_linears_of_a_layer() -> None:
+    """From scales and levels that are a tenth too large, so that there is something to learn."""
     model = pico("llama", num_hidden_layers=1)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     chosen, _ = Quantize.model_validate(MIXED).choose(source)
@@ -206,33 +206,38 @@ def test_learned_trains_the_others_and_holds_codebooks_as_they_were_solved() -> 
         codings = layer.own(chosen)
         rounding, weights = Rounding(codings, CPU), {linear: layer.weight(linear) for linear in codings}
         found = rounding.in_turn(layer, weights)
-        for linear, coding in rounding.learning.items():
+        for linear, coding in codings.items():
             solution = found.solutions[linear]
-            assert isinstance(solution, GridSolution)
-            index_RC, scale_RG = solution.rounded.index_RC.long(), solution.rounded.scale_RG
-            found.solutions[linear] = coding.solution(RoundedWeight(index_RC, 1.1 * scale_RG))
+            if isinstance(coding, CodebookScheme):
+                assert isinstance(solution.stored, CodebookWeight)
+                levels_GL = coding.layout.snap(1.1 * solution.stored.levels_GL.float())
+                palette = Palette(solution.stored.codes_RC, levels_GL, 1)
+                found.solutions[linear] = Solution(CodebookWeight.of(palette, coding.layout))
+            else:
+                assert isinstance(solution, GridSolution)
+                index_RC, scale_RG = solution.rounded.index_RC.long(), solution.rounded.scale_RG
+                found.solutions[linear] = coding.solution(RoundedWeight(index_RC, 1.1 * scale_RG))
         starts = dict(found.solutions)
         before, after = rounding.learned(layer, weights, found, torch.eye(64), steps=40, seed=0)
         assert after < before and found.solutions.keys() == starts.keys() == weights.keys()
-        held = {linear for linear, coding in codings.items() if isinstance(coding, CodebookScheme)}
-        assert held == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+        assert {isinstance(coding, CodebookScheme) for coding in codings.values()} == {True, False}
         for linear, start in starts.items():
-            moved = not torch.equal(found.solutions[linear].weight(CPU), start.weight(CPU))
-            assert moved == (linear not in held)
+            assert not torch.equal(found.solutions[linear].weight(CPU), start.weight(CPU))
             stored = registry.dequantize(found.stored[linear])
             torch.testing.assert_close(stored, found.solutions[linear].weight(CPU), rtol=1e-6, atol=0)
 
 
-def test_where_no_linear_has_a_grid_nothing_is_trained(text: Path, tmp_path: Path) -> None:
+def test_codebooks_alone_are_trained_too_and_kept_only_where_that_lowers_the_loss(
+    text: Path, tmp_path: Path
+) -> None:
     base, told = small(tmp_path / "base"), {"format": "codebook", "entries": 4}
     run_recipe(quantized(text, base, **told), tmp_path / "gptq")
-    report = run_recipe(quantized(text, base, **told, rounding="learned", steps=4), tmp_path / "learned")
-    assert same(weights_of(tmp_path / "gptq"), weights_of(tmp_path / "learned"))
-    assert "loss_learned" not in report.stages[0].model_dump()["per_layer"][0]
+    report = run_recipe(quantized(text, base, **told, rounding="learned", steps=8), tmp_path / "learned")
+    (layer,) = report.stages[0].model_dump()["per_layer"]
+    better = 0 < layer["loss_learned"] < layer["loss_gptq"]
+    assert same(weights_of(tmp_path / "gptq"), weights_of(tmp_path / "learned")) != better
     best = Recipe.parse("stages: [{quantize: {format: codebook, entries: 4}}]").with_effort("best")
-    assert best.stages[0].model_dump()["rounding"] == "gptq"
-    mixed = "stages: [{quantize: {overrides: {ffn: {format: codebook, entries: 4}}}}]"
-    assert Recipe.parse(mixed).with_effort("best").stages[0].model_dump()["rounding"] == "learned"
+    assert best.stages[0].model_dump()["rounding"] == "learned"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmcompress.algorithms.logit_chunks import CPU_BYTES
 from llmcompress.algorithms.smoothing import EXPONENTS
 from llmcompress.algorithms.two_sided import PASSES, TOGETHER
-from llmcompress.formats.schemes import GridScheme, QuantScheme
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages import fisher
@@ -83,8 +83,7 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
 def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
-    learning = any(isinstance(scheme, GridScheme) for _, scheme, _ in schemes)
-    if (stage.rounding == "learned" and learning) or stage.two_sided or stage.protect:
+    if stage.rounding == "learned" or stage.two_sided or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.two_sided:
         # experts, which read a share of the tokens, are solved as ever
@@ -124,10 +123,9 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     time += work.routed(2, half=half, factors=1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
-    learning = [(shape, scheme) for shape, scheme, _ in schemes if isinstance(scheme, GridScheme)]
-    if stage.rounding != "learned" or not learning:
+    if stage.rounding != "learned":
         return time
-    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in learning)
+    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme, _ in schemes)
     # the losses before and after
     time += Time({TRAINING: steps}) + work.passes(2, half=work.half_is_fast)
     return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)

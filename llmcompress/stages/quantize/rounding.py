@@ -13,11 +13,11 @@ from llmcompress.algorithms.activation_quantization import Magnitudes, static_sc
 from llmcompress.algorithms.hessian import Factors, Moments, metric_factor
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
-from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error
+from llmcompress.algorithms.quantize_weight import output_error
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
-from llmcompress.formats.schemes import GridScheme, GridSolution, IntegerScheme, QuantScheme, Solution
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme, Solution
 from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
@@ -72,11 +72,6 @@ class Rounding:
         if F_RB is not None:
             F_RB = F_RB.to(self.device)
         return self.codings[linear].solve(W_RC, factors, input_scale, F_RB)
-
-    @property
-    def learning(self) -> dict[str, GridScheme]:
-        """The schemes whose codes and scales can be trained, by linear: those with a grid."""
-        return {linear: coding for linear, coding in self.codings.items() if isinstance(coding, GridScheme)}
 
     def in_turn(self, layer: DecoderLayer, weights: Mapping[str, Tensor]) -> LayerCodes:
         """Solve for the linears that read one input, put them in place with corrected biases, and go on to
@@ -238,20 +233,18 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[float, float]:
-        """Train the linears of a layer that are `learning` together, from the solutions that were `found` in
-        turn, which are replaced. The others stay as they were solved. Returns the layer's loss before and
-        after.
+        """Train the linears of a layer together, from the solutions that were `found` in turn, which are
+        replaced. Returns the layer's loss before and after.
 
         The loss is the error of the layer's output against the full model's, weighted by the output Fisher
         matrix. If training does not lower it, the start is kept. Processes divide the sequences of each step
         and add up their gradients.
         """
         shard = layer.shard
-        solutions = {
-            name: solution for name, solution in found.solutions.items() if isinstance(solution, GridSolution)
+        codings = self.codings
+        starts = {
+            name: codings[name].trainable(solution, self.device) for name, solution in found.solutions.items()
         }
-        starts = {name: solution.rounded for name, solution in solutions.items()}
-        grids, codings = {name: solution.grid for name, solution in solutions.items()}, self.learning
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
         numbers = firsts(inputs)
@@ -277,8 +270,8 @@ class Rounding:
             return error(rounded, place, share)
 
         @torch.no_grad()
-        def whole(solution: Mapping[str, RoundedWeight]) -> float:
-            rounded = {name: result.weight(grids[name]) for name, result in solution.items()}
+        def whole(solutions: Mapping[str, Solution]) -> float:
+            rounded = {name: solution.weight(self.device) for name, solution in solutions.items()}
             sizes = [len(hidden) for hidden in inputs]
             lost = sum(float(error(rounded, i)) * size for i, size in enumerate(sizes))
             return shard.processes.mean(lost / max(1, sum(sizes)), sum(sizes))
@@ -289,16 +282,12 @@ class Rounding:
         trained = learn(
             weights,
             starts,
-            grids,
             lambda rounded, step: loss(rounded, order[step]),
             steps=steps,
-            snaps={name: codings[name].snap for name in starts},
             add=shard.processes.sum_,
         )
-        ends = {
-            name: codings[name].solution(result, found.scales.get(name)) for name, result in trained.items()
-        }
-        before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
+        ends = {name: codings[name].trained(end, found.scales.get(name)) for name, end in trained.items()}
+        before, after = whole(found.solutions), whole(ends)
         if after < before:
             found.solutions |= ends
             found.stored |= {linear: solution.stored for linear, solution in ends.items()}

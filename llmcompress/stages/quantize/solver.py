@@ -196,7 +196,7 @@ class LayerQuantizer:
             found = rounding.nearest(layer, weights)
         else:
             found = rounding.in_turn(layer, weights)
-        if self.stage.rounding == "learned" and rounding.learning:
+        if self.stage.rounding == "learned" and found.solutions:
             losses = rounding.learned(
                 layer,
                 weights,

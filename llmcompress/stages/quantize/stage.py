@@ -24,7 +24,7 @@ from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.integer import FORMATS
 from llmcompress.formats.low_rank import FactoredLayout
-from llmcompress.formats.schemes import GridScheme, QuantScheme
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.integrations.distributed import By
 from llmcompress.integrations.linear_modules import replaced_modules
 from llmcompress.io.journal import Journal
@@ -136,10 +136,9 @@ class Quantize(FormatConfig, ExpertStage):
         return self
 
     def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
-        """With the rounding and its steps, if it has some. Weights that layers share can't be learned, and
-        codebooks are not."""
-        held = any(stage.shares for stage in before) or {each.format for each in self.formats} == {"codebook"}
-        rounded = self.model_copy(update=self.unsaid(rounding="gptq" if held else ROUNDINGS[effort]))
+        """With the rounding and its steps, if it has some. Weights that layers share can't be learned."""
+        shared = any(stage.shares for stage in before)
+        rounded = self.model_copy(update=self.unsaid(rounding="gptq" if shared else ROUNDINGS[effort]))
         if rounded.rounding != "learned":
             return rounded
         return rounded.model_copy(update=self.unsaid(steps=STEPS[effort]))
@@ -360,8 +359,7 @@ class Quantize(FormatConfig, ExpertStage):
         # the head is the step after the last layer
         steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
-        learning = any(isinstance(coding, GridScheme) for coding in solved.values())
-        if (self.rounding == "learned" and learning) or self.two_sided or self.protect:
+        if (solved and (self.rounding == "learned" or self.two_sided)) or self.protect:
             # of the full model, so before its embedding is rounded
             find_fisher(model, context, self.fisher_tokens, self._weighed(model, solved))
         full, outer = settle_outer(model, context, chosen)
