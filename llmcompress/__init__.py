@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmcompress.errors import ProcessError as ProcessError
     from llmcompress.errors import RecipeError as RecipeError
     from llmcompress.integrations.bitsandbytes_saving import save_native as save_native
+    from llmcompress.integrations.compiled_decoding import accelerate as accelerate
     from llmcompress.pipeline.advise import Advised as Advised
     from llmcompress.pipeline.advise import advise as advise
     from llmcompress.pipeline.api import compress as compress
@@ -82,6 +83,7 @@ _PUBLIC = {
     "compare": "pipeline.compare",
     "push": "pipeline.push",
     "save_native": "integrations.bitsandbytes_saving",
+    "accelerate": "integrations.compiled_decoding",
     "CacheSettings": "integrations.kv_cache",
     "kv_cache": "integrations.kv_cache",
     "DataSpec": "data.sources",

@@ -5,7 +5,8 @@
   refuses;
 - bitsandbytes' linears multiply few tokens on a CPU by our kernel, if it takes them;
 - PEFT turns our modules into plain ones before it merges an adapter into them;
-- `generate` makes a cache of codes for a model whose config asks for one, if its caller asks for no other.
+- `generate` makes a cache of codes for a model whose config asks for one, if its caller asks for no other;
+- `generate` of a model that `accelerate` was called with has a static cache and a compiled step.
 
 Each change is made when the package in question is imported, or at once if it already is. The modules that do
 the work are imported when they are first needed: importing llmcompress takes milliseconds and imports neither
@@ -27,6 +28,7 @@ from typing import Any
 METHOD = "llmcompress"  # the same as quantization_config.METHOD
 STOCK_PRODUCTS = "LLMCOMPRESS_BITSANDBYTES"  # `0`: bitsandbytes multiplies by itself
 CACHE_FIELD = "llmcompress_kv_cache"  # the same as kv_cache.FIELD
+DECODING_MARK = "llmcompress_decoding"  # the same as compiled_decoding.MARK
 
 
 def register() -> None:
@@ -34,7 +36,7 @@ def register() -> None:
     _when_imported("transformers.quantizers.auto", _teach_transformers)
     _when_imported("bitsandbytes.nn.modules", _multiply_packed)
     _when_imported("peft.tuners.tuners_utils", _prepare_merging)
-    _when_imported("transformers.generation.utils", _give_caches)
+    _when_imported("transformers.generation.utils", _change_generate)
 
 
 def _teach_transformers(auto: ModuleType) -> None:
@@ -117,6 +119,12 @@ def _prepare_merging(tuners: ModuleType) -> None:
     kind._check_merge_allowed = prepared
 
 
+def _change_generate(utils: ModuleType) -> None:
+    """Make `generate` do what a model's config and its mark ask for."""
+    _give_caches(utils)
+    _compile_steps(utils)
+
+
 def _give_caches(utils: ModuleType) -> None:
     """Make `generate` store keys and values as the config of a model says. A cache that the caller gives, or
     names by `cache_implementation`, stays as it is."""
@@ -138,6 +146,37 @@ def _give_caches(utils: ModuleType) -> None:
 
     prepared.quantizes = True  # type: ignore[attr-defined]
     kind._prepare_cache_for_generation = prepared
+
+
+def _compile_steps(utils: ModuleType) -> None:
+    """Make `generate` give models with the mark of `accelerate` a static cache, and compile their steps."""
+    kind: Any = vars(utils)["GenerationMixin"]
+    prepare, valid = kind._prepare_cache_for_generation, kind._valid_auto_compile_criteria
+    if getattr(valid, "accelerates", False):
+        return
+
+    @functools.wraps(prepare)
+    def prepared(
+        self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, *args: Any, **options: Any
+    ) -> Any:
+        if hasattr(self, DECODING_MARK):
+            from llmcompress.integrations.compiled_decoding import ask_for_static
+
+            ask_for_static(self, generation_config, model_kwargs, generation_mode)
+        return prepare(self, generation_config, model_kwargs, generation_mode, *args, **options)
+
+    @functools.wraps(valid)
+    def accelerated(self: Any, model_kwargs: Any, generation_config: Any) -> Any:
+        if hasattr(self, DECODING_MARK):
+            from llmcompress.integrations.compiled_decoding import compiles
+
+            if compiles(generation_config, model_kwargs):
+                return True
+        return valid(self, model_kwargs, generation_config)
+
+    accelerated.accelerates = True  # type: ignore[attr-defined]
+    kind._prepare_cache_for_generation = prepared
+    kind._valid_auto_compile_criteria = accelerated
 
 
 def _when_imported(name: str, act: Callable[[ModuleType], None]) -> None:

@@ -83,6 +83,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
 # private attribute -> where it is found: a module or a class in one, or `model`: an instance of a causal
 # model
 ATTRIBUTES: dict[str, str] = {
+    "_can_compile_fullgraph": "transformers.PreTrainedModel",
     "_check_merge_allowed": "peft.tuners.tuners_utils.BaseTuner",
     "_convert_weight_packed_for_cpu": "bitsandbytes.functional",
     "_convert_weight_packed_for_cpu_inverse": "bitsandbytes.functional",
@@ -91,6 +92,7 @@ ATTRIBUTES: dict[str, str] = {
     "_from_config": "transformers.PreTrainedModel",
     "_get_train_sampler": "transformers.Trainer",
     "_is_hf_initialized": "",  # set by us on a module, and read by transformers where it initialises weights
+    "_is_stateful": "transformers.PreTrainedModel",
     "_keys_to_ignore_on_save": "transformers.PreTrainedModel",
     "_name_or_path": "transformers.PretrainedConfig",
     "_prepare_cache_for_generation": "transformers.GenerationMixin",
@@ -99,6 +101,7 @@ ATTRIBUTES: dict[str, str] = {
     "_process_model_before_weight_loading": "transformers.quantizers.base.HfQuantizer",
     "_supports_default_dynamic_cache": "transformers.GenerationMixin",
     "_tied_weights_keys": "transformers.PreTrainedModel",
+    "_valid_auto_compile_criteria": "transformers.GenerationMixin",
     "_weight_conversions": "",  # set by from_pretrained on a model whose checkpoint was converted
 }
 PRIVATE_OF_TORCH = {
