@@ -1,8 +1,8 @@
 """`generate` with a static cache and a compiled step of decoding.
 
 transformers compiles the forward of one token if the cache is static, the device is a GPU, and the quantizer
-of the model allows it; the CPU has to be asked for by a private field, and no quantizer of ours or of
-bitsandbytes allows it. Our products are operators that a compiler calls as they are, so here it is allowed.
+of the model allows it. A CPU has to be asked for by a private field, and bitsandbytes' quantizers do not
+allow it. Our products are operators that a compiler calls as they are, so here it is allowed.
 
 `accelerate` leaves a mark on a model, and nothing else changes: once llmcompress is imported, `generate`
 (`registration`) gives each call of a marked model a static cache and compiles its step. The model's own
@@ -46,8 +46,9 @@ def accelerate(model: Model, max_length: int | None = None) -> Model:
         model: a causal language model of a family that transformers compiles, plain or quantised. It is
             changed in place: it gets a mark, which is not saved.
         max_length: how many tokens the cache holds, prompt and output together. Calls within it share one
-            compiled step; a longer one makes the cache longer. Without it the cache has the length of the
-            longest call so far, and the step is compiled again when it grows.
+            compiled step, or a few where layers have sliding windows; a longer one makes the cache longer.
+            Without it the cache has the length of the longest call so far, and the step is compiled again
+            when it grows.
 
     Returns:
         The same model.

@@ -136,7 +136,8 @@ def test_other_families(family: str) -> None:
     exact = written(model, 20)
     accelerate(model, HELD)
     assert torch.equal(written(model, 20, compile_config=compiler.config()), exact)
-    assert compiler.runs == [NEW - 1]
+    assert sum(compiler.runs) == NEW - 1, "each step is one graph"
+    assert len(compiler.runs) == 1 or family == "gemma3_text"  # whose sliding window is full or not
 
 
 def test_without_a_length_the_cache_grows_with_the_longest_call() -> None:
