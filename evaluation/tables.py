@@ -1052,8 +1052,8 @@ SECTIONS = (
         "Rows rounded together",
         "Formats with `two_sided` and without, whole runs with their evaluation. `nf4`, `w4a16` and `w4a8` "
         "have groups of 64, `nf4` with scales in 8 bits, and codebooks are those of a row. Stock is nearest "
-        "codes in that `nf4`, which leaves linears of 172 columns, on stories260k, as they are: "
-        "`python -m evaluation two-sided`.",
+        "codes in that `nf4`, which leaves linears of 172 columns, on stories260k, as they are. Both seconds "
+        "of a row are of one machine, but not those of all rows: `python -m evaluation two-sided`.",
         two_sided,
     ),
     Section(
