@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmcompress.algorithms import gptq as columnwise
-from llmcompress.algorithms.codebook_loops import PLAIN, CodebookLoops, gathered
+from llmcompress.algorithms.codebook_loops import PLAIN, CodebookLoops, Product, gathered, places
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import ordered_factor
 
@@ -92,8 +92,7 @@ class Codebooks(Grid):
 
 def look_up(index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
     """Return the level of each weight, [R, C], from codebooks that `rows` adjacent rows share."""
-    offsets_R = torch.arange(len(index_RC), device=levels_GL.device) // rows * levels_GL.shape[1]
-    return levels_GL.flatten()[index_RC + offsets_R[:, None]]
+    return levels_GL.flatten()[places(index_RC, rows, levels_GL.shape[1])]
 
 
 def nearest(W_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
@@ -191,23 +190,35 @@ def fit_levels(
     product with H for any L, or one with the normal matrices if `loops` know them; no step raises the
     objective, and levels that no weight takes do not change. `pull_RC` is (W - Q) H, if it is known already.
     """
-    place_RC = index_RC + (torch.arange(len(W_RC), device=W_RC.device) // rows * levels_GL.shape[1])[:, None]
+    place_RC = places(index_RC, rows, levels_GL.shape[1])
     if pull_RC is None:
         pull_RC = (W_RC - levels_GL.flatten()[place_RC]) @ H_CC
     weighs = gathered(H_CC.diagonal().expand_as(W_RC), place_RC, levels_GL.shape)
-    unit = torch.where(weighs > 0, 1 / weighs, 0)
+    slope_GL = gathered(pull_RC, place_RC, levels_GL.shape)
     bends = loops.normal_product(H_CC, index_RC, rows, levels_GL.shape[1])
-    found, slope = levels_GL, gathered(pull_RC, place_RC, levels_GL.shape)
-    ahead = unit * slope
-    size = (slope * ahead).sum(1, keepdim=True)
+    return solve_levels(levels_GL, slope_GL, weighs, bends, steps)
+
+
+def solve_levels(
+    levels_GL: Tensor, slope_GL: Tensor, weighs_GL: Tensor, bends: Product, steps: int, *, joint: bool = False
+) -> Tensor:
+    """Return levels [G, L] after `steps` of conjugate gradients, each codebook by itself or all `joint`.
+
+    `slope_GL` is minus half the gradient at the given levels, `weighs_GL` the diagonal that preconditions,
+    and `bends` multiplies by the normal matrices. Levels that do not stay finite are left as they were.
+    """
+    over = (0, 1) if joint else (1,)
+    unit = torch.where(weighs_GL > 0, 1 / weighs_GL, 0)
+    found, slope, ahead = levels_GL, slope_GL, unit * slope_GL
+    size = (slope * ahead).sum(over, keepdim=True)
     for _ in range(steps):
         turn = bends(ahead)
-        bend = (ahead * turn).sum(1, keepdim=True)
+        bend = (ahead * turn).sum(over, keepdim=True)
         length = torch.where(bend > 0, size / bend, 0)
         found, slope = found + length * ahead, slope - length * turn
-        before, size = size, (slope * unit * slope).sum(1, keepdim=True)
+        before, size = size, (slope * unit * slope).sum(over, keepdim=True)
         ahead = unit * slope + torch.where(before > 0, size / before, 0) * ahead
-    return torch.where(torch.isfinite(found).all(1, keepdim=True), found, levels_GL)
+    return torch.where(torch.isfinite(found).all(over, keepdim=True), found, levels_GL)
 
 
 def losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> Tensor:

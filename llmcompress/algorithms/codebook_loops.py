@@ -104,9 +104,15 @@ def normal_product(H_CC: Tensor, index_RC: Tensor, rows: int, entries: int) -> P
     sums of B^T H B over `rows` adjacent rows; the columns of B [C, L] say which weights of a row take which
     level.
     """
-    R = len(index_RC)
-    place_RC = index_RC + (torch.arange(R, device=H_CC.device) // rows * entries)[:, None]
+    place_RC = places(index_RC, rows, entries)
     return lambda levels_GL: gathered(levels_GL.flatten()[place_RC] @ H_CC, place_RC, levels_GL.shape)
+
+
+def places(index_RC: Tensor, rows: int, entries: int) -> Tensor:
+    """Return where the level of each weight stands in the flattened levels of all codebooks, from its index
+    in the codebook that `rows` adjacent rows share."""
+    book_R = torch.arange(len(index_RC), device=index_RC.device) // rows
+    return index_RC + (book_R * entries)[:, None]
 
 
 def gathered(value_RC: Tensor, place_RC: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.algorithms.codebook import Palette, Snap, look_up
-from llmcompress.algorithms.codebook_loops import gathered
-from llmcompress.algorithms.learned_rounding import within
+from llmcompress.algorithms.codebook_loops import gathered, places
+from llmcompress.algorithms.learned_rounding import nearest_index, snapped, within
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,17 @@ class InCodebooks:
     palette: Palette
     snap: Snap
 
+    @cached_property
+    def spacing_GL(self) -> Tensor:
+        """The mean distance of each level to its neighbours at the start, [G, L]."""
+        apart = self.palette.levels_GL.diff(dim=1)
+        return torch.cat([apart[:, :1], (apart[:, 1:] + apart[:, :-1]) / 2, apart[:, -1:]], 1)
+
     def position(self, W_RC: Tensor) -> Tensor:
         """The position nearest to W's own that still rounds to the codes of the start, [R, C]."""
-        levels_RL = self.palette.levels_GL[self._books(len(W_RC))]
+        levels_RL = self.palette.levels_GL.repeat_interleave(self.palette.rows, 0)[: len(W_RC)]
         W_RC = W_RC.clamp(levels_RL[:, :1], levels_RL[:, -1:]).contiguous()
-        upper = torch.searchsorted(levels_RL.contiguous(), W_RC).clamp(1, levels_RL.shape[1] - 1)
+        upper = torch.searchsorted(levels_RL, W_RC).clamp(1, levels_RL.shape[1] - 1)
         below, above = levels_RL.gather(1, upper - 1), levels_RL.gather(1, upper)
         share = torch.where(above > below, (W_RC - below) / (above - below), 0)
         return within(upper - 1 + share, self.palette.index_RC)
@@ -37,30 +44,20 @@ class InCodebooks:
         """What the levels begin at: zeros [G, L]."""
         return torch.zeros_like(self.palette.levels_GL)
 
-    def weight(self, position_RC: Tensor, gain_GL: Tensor) -> Tensor:
+    def weight(self, position_RC: Tensor, gain: Tensor) -> Tensor:
         """The weights [R, C] that positions and levels round to; gradients pass the rounding of both."""
-        levels_GL = self.palette.levels_GL + gain_GL * self._spacing()
-        stored_GL = levels_GL + (self.snap(levels_GL.detach()) - levels_GL.detach())
-        books_R, spacing_GL = self._books(len(position_RC)), self._spacing()
-        return _Round.apply(position_RC, stored_GL, spacing_GL, books_R)  # type: ignore[no-any-return, no-untyped-call]
+        levels_GL = snapped(self._levels(gain), self.snap)
+        return _Round.apply(position_RC, levels_GL, self.spacing_GL, self.palette.rows)  # type: ignore[no-any-return, no-untyped-call]
 
-    def ended(self, position_RC: Tensor, gain_GL: Tensor) -> InCodebooks:
+    def ended(self, position_RC: Tensor, gain: Tensor) -> InCodebooks:
         """The codebooks at the end of a training: storable levels in ascending order, and the codes."""
-        index_RC = _index(position_RC, gain_GL.shape[1])
-        levels_GL, order = self.snap(self.palette.levels_GL + gain_GL * self._spacing()).sort(
-            dim=1, stable=True
-        )
-        moved_RC = look_up(index_RC, order.argsort(dim=1), self.palette.rows)
-        return InCodebooks(Palette(moved_RC, levels_GL, self.palette.rows), self.snap)
+        index_RC, rows = nearest_index(position_RC, gain.shape[1]), self.palette.rows
+        levels_GL, order = self.snap(self._levels(gain)).sort(dim=1, stable=True)
+        return InCodebooks(Palette(look_up(index_RC, order.argsort(dim=1), rows), levels_GL, rows), self.snap)
 
-    def _books(self, R: int) -> Tensor:
-        """The codebook of each row, int64 [R]."""
-        return torch.arange(R, device=self.palette.levels_GL.device) // self.palette.rows
-
-    def _spacing(self) -> Tensor:
-        """The mean distance of each level to its neighbours at the start, [G, L]."""
-        apart = self.palette.levels_GL.diff(dim=1)
-        return torch.cat([apart[:, :1], (apart[:, 1:] + apart[:, :-1]) / 2, apart[:, -1:]], 1)
+    def _levels(self, gain: Tensor) -> Tensor:
+        """The levels [G, L] under gains, not snapped yet."""
+        return self.palette.levels_GL + gain * self.spacing_GL
 
 
 class _Round(torch.autograd.Function):
@@ -68,8 +65,8 @@ class _Round(torch.autograd.Function):
     identity."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, levels_GL: Tensor, spacing_GL: Tensor, books_R: Tensor) -> Tensor:
-        place_RC = _index(position, levels_GL.shape[1]) + (books_R * levels_GL.shape[1])[:, None]
+    def forward(ctx: Any, position: Tensor, levels_GL: Tensor, spacing_GL: Tensor, rows: int) -> Tensor:
+        place_RC = places(nearest_index(position, levels_GL.shape[1]), rows, levels_GL.shape[1])
         ctx.save_for_backward(place_RC, spacing_GL)
         return levels_GL.flatten()[place_RC]
 
@@ -78,7 +75,3 @@ class _Round(torch.autograd.Function):
         place_RC, spacing_GL = ctx.saved_tensors
         by_level = gathered(grads[0], place_RC, spacing_GL.shape)
         return grads[0] * spacing_GL.flatten()[place_RC], by_level, None, None
-
-
-def _index(position_RC: Tensor, entries: int) -> Tensor:
-    return position_RC.detach().round().long().clamp_(0, entries - 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap
 from llmcompress.algorithms.scales import groups_of, spread
 
 RATE = 1.25e-3  # first step in code spacings; with eight times this, noise undoes half the gain of 200 steps
-GAIN_RATE = 2e-3  # first step of a scale, relative to itself
+GAIN_RATE = 2e-3  # first step of a scale, relative to itself, or of a level, in units of its spacing
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [R, C] by name, step) -> scalar
 
 
@@ -32,9 +32,14 @@ def _round(position_RC: Tensor, scale_RG: Tensor, grid: Grid) -> Tensor:
     return _Round.apply(position_RC, scale_RG, grid)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _snapped(scale_RG: Tensor, snap: Snap | None) -> Tensor:
-    """Return the storable scales, with the gradient of the scales themselves (straight-through)."""
-    return scale_RG if snap is None else scale_RG + (snap(scale_RG.detach()) - scale_RG.detach())
+def snapped(values: Tensor, snap: Snap | None) -> Tensor:
+    """Return the storable scales or levels, with the gradient of the values themselves (straight-through)."""
+    return values if snap is None else values + (snap(values.detach()) - values.detach())
+
+
+def nearest_index(position_RC: Tensor, levels: int) -> Tensor:
+    """Return the index (int64) of the level that each position rounds to, of so many."""
+    return position_RC.detach().round().long().clamp_(0, levels - 1)
 
 
 class _Round(torch.autograd.Function):
@@ -78,7 +83,7 @@ class Trainable(Protocol):
     def weight(self, position_RC: Tensor, gain: Tensor) -> Tensor:
         """The weights [R, C] that positions round to under gains, with the gradient of both."""
 
-    def ended(self, position_RC: Tensor, gain: Tensor) -> Self:
+    def ended(self, position_RC: Tensor, gain: Tensor) -> Trainable:
         """The same linear at the end of a training."""
 
 
@@ -103,11 +108,11 @@ class OnGrid:
 
     def weight(self, position_RC: Tensor, gain: Tensor) -> Tensor:
         """The weights [R, C] that positions and scales round to; gradients pass the rounding of both."""
-        return _round(position_RC, _snapped(self.rounded.scale_RG * (1 + gain), self.snap), self.grid)
+        return _round(position_RC, snapped(self.rounded.scale_RG * (1 + gain), self.snap), self.grid)
 
     def ended(self, position_RC: Tensor, gain: Tensor) -> OnGrid:
         """The codes, and the scales before snapping, at the end of a training."""
-        index_RC = position_RC.round().long().clamp_(0, len(self.grid.levels) - 1)
+        index_RC = nearest_index(position_RC, len(self.grid.levels))
         return OnGrid(RoundedWeight(index_RC, self.rounded.scale_RG * (1 + gain)), self.grid, self.snap)
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.codebook import Codebooks, Palette, Snap, look_up
-from llmcompress.algorithms.codebook_loops import PLAIN, CodebookLoops, gathered
+from llmcompress.algorithms.codebook import Codebooks, Palette, Snap, look_up, solve_levels
+from llmcompress.algorithms.codebook_loops import PLAIN, CodebookLoops, gathered, places
 from llmcompress.algorithms.two_sided import descend_together, diagonal, loss, weighed
 
 ROUNDS = 3
@@ -45,29 +45,21 @@ def fit_levels_together(
     levels, preconditioned by their diagonal without the products of different weights; no step raises the
     objective, and levels that no weight takes do not change.
     """
-    levels_GL = palette.levels_GL
-    book_R = torch.arange(len(W_RC), device=W_RC.device) // palette.rows
-    place_RC = palette.index_RC + (book_R * levels_GL.shape[1])[:, None]
+    levels_GL, rows = palette.levels_GL, palette.rows
+    place_RC = places(palette.index_RC, rows, levels_GL.shape[1])
 
     def pulled(values_RC: Tensor) -> Tensor:
         return gathered(weighed(F_RB, values_RC @ H_CC), place_RC, levels_GL.shape)
 
     own_RC = torch.outer(diagonal(F_RB), H_CC.diagonal())
-    weighs = gathered(own_RC, place_RC, levels_GL.shape)
-    unit = torch.where(weighs > 0, 1 / weighs, 0)
-    found, slope = levels_GL, pulled(W_RC - levels_GL.flatten()[place_RC])
-    ahead = unit * slope
-    size = (slope * ahead).sum()
-    for _ in range(steps):
-        turn = pulled(ahead.flatten()[place_RC])
-        bend = (ahead * turn).sum()
-        if not bend > 0 or not size > 0:
-            break
-        length = size / bend
-        found, slope = found + length * ahead, slope - length * turn
-        before, size = size, (slope * unit * slope).sum()
-        ahead = unit * slope + size / before * ahead
-    return found if bool(torch.isfinite(found).all()) else levels_GL
+    return solve_levels(
+        levels_GL,
+        pulled(W_RC - palette.weight()),
+        gathered(own_RC, place_RC, levels_GL.shape),
+        lambda ahead_GL: pulled(look_up(palette.index_RC, ahead_GL, rows)),
+        steps,
+        joint=True,
+    )
 
 
 def solve_together(
@@ -86,18 +78,16 @@ def solve_together(
 
     Source: the objective of YAQA, Tseng et al. 2025, arXiv:2505.22988, on codebooks that are solved for too.
     """
-    best, least = palette, _lost(W_RC, H_CC, F_RB, palette)
-    new = descend_codes(W_RC, H_CC, F_RB, palette, passes=passes, loops=loops)
-    for left in range(rounds, -1, -1):
+    best = new = palette
+    least = _lost(W_RC, H_CC, F_RB, palette)
+    for number in range(rounds + 1):
+        if number:
+            levels, order = snap(fit_levels_together(W_RC, H_CC, F_RB, new)).sort(dim=1, stable=True)
+            new = Palette(look_up(new.index_RC, order.argsort(dim=1), new.rows), levels, new.rows)
+        new = descend_codes(W_RC, H_CC, F_RB, new, passes=passes, loops=loops)
         lost = _lost(W_RC, H_CC, F_RB, new)
         if lost < least:
             best, least = new, lost
-        if left:
-            levels, order = snap(fit_levels_together(W_RC, H_CC, F_RB, new)).sort(dim=1, stable=True)
-            index = look_up(new.index_RC, order.argsort(dim=1), new.rows)
-            new = descend_codes(
-                W_RC, H_CC, F_RB, Palette(index, levels, new.rows), passes=passes, loops=loops
-            )
     return best
 
 

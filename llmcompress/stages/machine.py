@@ -192,16 +192,14 @@ class Machine:
         return self._timed(("learning", rows, C, scheme), made) / STEPS * R / rows
 
     def _start(self, W_RC: Tensor, scheme: QuantScheme) -> Trainable:
-        """Something of a scheme to train, nearest codes in even codebooks or under scales of one."""
+        """A start for a timed training: nearest codes, with scales of 1 or with evenly spaced levels."""
         R, C = W_RC.shape
         if isinstance(scheme, CodebookScheme):
             rows, L = scheme.layout.sharing(R), scheme.layout.entries
             levels_GL = torch.linspace(-1, 1, L, device=self.device).repeat(-(-R // rows), 1)
             return InCodebooks(Palette(nearest(W_RC, levels_GL, rows), levels_GL, rows), scheme.layout.snap)
-        grid, scale_RG = (
-            scheme.grid.to(self.device),
-            torch.ones(R, C // scheme.columns((R, C)), device=self.device),
-        )
+        grid = scheme.grid.to(self.device)
+        scale_RG = torch.ones(R, C // scheme.columns((R, C)), device=self.device)
         return OnGrid(RoundedWeight(grid.nearest(W_RC), scale_RG), grid, scheme.snap)
 
     def removal(self, columns: int, units: int, gone: int) -> float:

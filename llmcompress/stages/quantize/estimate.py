@@ -83,7 +83,7 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
 def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
-    if stage.rounding == "learned" or stage.two_sided or stage.protect:
+    if (schemes and (stage.rounding == "learned" or stage.two_sided)) or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.two_sided:
         # experts, which read a share of the tokens, are solved as ever

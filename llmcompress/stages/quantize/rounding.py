@@ -240,8 +240,7 @@ class Rounding:
         matrix. If training does not lower it, the start is kept. Processes divide the sequences of each step
         and add up their gradients.
         """
-        shard = layer.shard
-        codings = self.codings
+        shard, codings = layer.shard, self.codings
         starts = {
             name: codings[name].trainable(solution, self.device) for name, solution in found.solutions.items()
         }
