@@ -211,7 +211,8 @@ class Context:
         if code := self.llama.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode gave {code}")
         found = self.llama.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(found, (T, self.size)).copy()
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(found, (T, self.size)).copy()
+        return logits
 
     def forget(self, start: int) -> None:
         """Leave out what follows the first `start` tokens of every sequence.
