@@ -1,13 +1,11 @@
 """The formats as a solver sees them: how a linear is solved for, what is stored of it, and the result.
 
 There is one class for each kind of layout, all with the same interface: what they store of weights, and how
-their kernels round the inputs of a linear. Most have a grid, and scales that groups of columns share
-(`GridScheme`); codebooks have levels of their own.
+their kernels round the inputs of a linear. Those with a grid are here.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,151 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.codebook import Palette, solve_codebook, solve_nearest
 from llmcompress.algorithms.grids import GGML_UNIT, Grid, grid
-from llmcompress.algorithms.hessian import Factors, retarget
-from llmcompress.algorithms.learned_codebook import InCodebooks
-from llmcompress.algorithms.learned_rounding import OnGrid, Trainable
+from llmcompress.algorithms.hessian import Factors
 from llmcompress.algorithms.overflow import require_within
-from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import groups_of, integer_scales
-from llmcompress.algorithms.two_sided import damped_blocks
-from llmcompress.algorithms.two_sided_codebook import solve_together
 from llmcompress.formats import bitsandbytes_layout, integer, registry
-from llmcompress.formats.base import DTYPES, Inputs
-from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.base import Inputs
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout, GgmlWeight, storable
+from llmcompress.formats.grid_scheme import GridScheme
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
-from llmcompress.kernels import codebook_loops, column_loops
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A linear that was solved for, in its stored form."""
-
-    stored: registry.StoredWeight
-
-    def weight(self, device: torch.device) -> Tensor:
-        """The weight [R, C] that it stands for."""
-        return registry.dequantize(self.stored, device=device)
-
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors that another process makes it of, with `received` of its scheme."""
-        return registry.tensors_of(self.stored)
-
-
-@dataclass(frozen=True)
-class GridSolution(Solution):
-    """Codes with scales as they are read back, on a grid on their device, and their stored form."""
-
-    rounded: RoundedWeight
-    grid: Grid
-    found_RG: Tensor  # the scales before they were snapped; snapped twice they would move
-
-    def weight(self, device: torch.device) -> Tensor:
-        """The weight [R, C] that it stands for."""
-        return self.rounded.weight(self.grid).to(device)
-
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors that another process makes it of, with `received` of its scheme."""
-        return {"index": self.rounded.index_RC, "scale": self.found_RG}
-
-
-class GridScheme(ABC):
-    """A format whose weights are levels of one grid times scales, each shared by a group of columns."""
-
-    row_bits = 32  # on disk, which `bits` leaves out: a scale
-
-    @property
-    @abstractmethod
-    def grid(self) -> Grid:
-        """The levels, on the CPU."""
-
-    @property
-    @abstractmethod
-    def signs(self) -> tuple[bool, ...]:
-        """Whether scales may be negative; if both may be, both are tried."""
-
-    @property
-    @abstractmethod
-    def bits(self) -> float:
-        """Bits per weight on disk."""
-
-    @abstractmethod
-    def columns(self, shape: tuple[int, ...]) -> int:
-        """How many columns share a scale."""
-
-    @abstractmethod
-    def snap(self, scale_RG: Tensor) -> Tensor:
-        """The scales as they will be read back from disk."""
-
-    @abstractmethod
-    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
-        """Return the stored weight, from codes and scales that are not snapped yet."""
-
-    def bits_of(self, shape: tuple[int, int]) -> float:
-        """Bits per weight on disk of a linear [R, C], without `row_bits`."""
-        return self.bits
-
-    def solve(
-        self,
-        W_RC: Tensor,
-        factors: Factors,
-        input_scale: float | None = None,
-        F_RB: Tensor | None = None,
-    ) -> Solution:
-        """Solve for codes and scales of a weight under the second moments of its inputs, against the full
-        model's outputs if the moments know them.
-
-        With the Fisher matrix `F_RB` of the linear's outputs, in blocks as `two_sided.add_blocks` leaves it,
-        the codes are those of the least loss under both.
-        """
-        result = solve(
-            retarget(W_RC.float(), factors.moments, factors=factors),
-            factors.moments.H_CC,
-            self.grid.to(W_RC.device),
-            self.columns(tuple(W_RC.shape)),
-            snap=self.snap,
-            signs=self.signs,
-            factor=factors.ordered,
-            F_RB=F_RB,
-            loops=column_loops.LOOPS,
-        )
-        return self.solution(result, input_scale)
-
-    def solution(self, result: RoundedWeight, input_scale: float | None = None) -> GridSolution:
-        """The solution of codes and scales that are not snapped yet."""
-        return GridSolution(
-            self.store(result, input_scale),
-            # those of a whole layer are in memory at once, and a grid of all formats has at most 256 levels
-            RoundedWeight(result.index_RC.to(torch.uint8), self.snap(result.scale_RG)),
-            self.grid.to(result.index_RC.device),
-            result.scale_RG,
-        )
-
-    def trainable(self, solution: Solution, device: torch.device) -> OnGrid:
-        """A solution of this scheme as a training takes it."""
-        assert isinstance(solution, GridSolution)
-        return OnGrid(solution.rounded, solution.grid, self.snap)
-
-    def trained(self, end: Trainable, input_scale: float | None = None) -> Solution:
-        """The solution that a training ended in."""
-        assert isinstance(end, OnGrid)
-        return self.solution(end.rounded, input_scale)
-
-    def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds the inputs of a linear: None if it does not round them."""
-        return None
-
-    def static_scale(self, top: float) -> float | None:
-        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
-        scale."""
-        return None
-
-    def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
-        """Another process's solution for a linear of so many columns, from its parts."""
-        return self.solution(RoundedWeight(parts["index"].long(), parts["scale"]), input_scale)
+from llmcompress.formats.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -461,110 +327,6 @@ class GgmlScheme(GridScheme):
         else:
             codes_RGS = torch.bucketize(x_RGS, (values[1:] + values[:-1]) / 2, right=True)
         return GgmlWeight(codes_RGS.flatten(1).to(torch.uint8).cpu(), half_RG1[..., 0].cpu(), self.layout)
-
-    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
-        """Read the weight back from its tensors on disk."""
-        return self.layout.read(parts, columns)
-
-
-@dataclass(frozen=True)
-class CodebookScheme:
-    """Indices into a small codebook, whose levels are solved for with the indices. There are no scales."""
-
-    layout: CodebookLayout
-    row_bits = 0
-    input_largest = None
-
-    @property
-    def format(self) -> str:
-        """The name in reports."""
-        return self.layout.name
-
-    @property
-    def bits(self) -> float:
-        """Bits of an index, levels excluded."""
-        return self.layout.index_bits
-
-    @property
-    def weight_largest(self) -> int:
-        """Steps from zero to the largest level, as if the levels were even."""
-        return max(1, self.layout.entries // 2 - 1)
-
-    def bits_of(self, shape: tuple[int, int]) -> float:
-        """Bits per weight on disk of a linear [R, C], levels included."""
-        return self.layout.bits(shape)
-
-    def columns(self, shape: tuple[int, ...]) -> int:
-        """How many columns share a codebook: all."""
-        return shape[1]
-
-    def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Return why a linear [R, C] is not stored in this format, or None."""
-        return self.layout.refusal(shape)
-
-    def solve(
-        self,
-        W_RC: Tensor,
-        factors: Factors,
-        input_scale: float | None = None,
-        F_RB: Tensor | None = None,
-    ) -> Solution:
-        """Solve for indices and levels of a weight under the second moments of its inputs, against the full
-        model's outputs if the moments know them.
-
-        With the Fisher matrix `F_RB` of the linear's outputs, in blocks as `two_sided.add_blocks` leaves it,
-        both then go on to the least loss under both. Errors: Overflow for weights beyond the levels' dtype.
-        """
-        require_within(W_RC, DTYPES[self.layout.dtype], "weights")
-        target_RC, H_CC = retarget(W_RC.float(), factors.moments, factors=factors), factors.moments.H_CC
-        palette = solve_codebook(
-            target_RC,
-            H_CC,
-            self.layout.entries,
-            self.layout.sharing(len(W_RC)),
-            snap=self.layout.snap,
-            factor=factors.ordered,
-            loops=codebook_loops.LOOPS,
-        )
-        if F_RB is not None:
-            F_RB, snap = damped_blocks(F_RB), self.layout.snap
-            palette = solve_together(target_RC, H_CC, F_RB, palette, snap=snap, loops=codebook_loops.LOOPS)
-        return Solution(CodebookWeight.of(palette, self.layout))
-
-    def trainable(self, solution: Solution, device: torch.device) -> InCodebooks:
-        """A solution of this scheme as a training takes it."""
-        stored = solution.stored
-        assert isinstance(stored, CodebookWeight)
-        index_RC, levels_GL = stored.codes_RC.to(device).long(), stored.levels_GL.to(device).float()
-        return InCodebooks(Palette(index_RC, levels_GL, self.layout.sharing(len(index_RC))), self.layout.snap)
-
-    def trained(self, end: Trainable, input_scale: float | None = None) -> Solution:
-        """The solution that a training ended in."""
-        assert isinstance(end, InCodebooks)
-        return Solution(CodebookWeight.of(end.palette, self.layout))
-
-    def received(self, parts: Mapping[str, Tensor], columns: int, input_scale: float | None) -> Solution:
-        """Another process's solution for a linear of so many columns, from its parts."""
-        return Solution(self.read({name: part.cpu() for name, part in parts.items()}, columns))
-
-    def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds the inputs of a linear: it does not round them."""
-        return None
-
-    def static_scale(self, top: float) -> float | None:
-        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
-        scale."""
-        return None
-
-    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
-        """The levels of k-means on the weights alone, and the nearest of them. Errors: Overflow for weights
-        beyond the levels' dtype."""
-        require_within(W_RC, DTYPES[self.layout.dtype], "weights")
-        rows = self.layout.sharing(len(W_RC))
-        palette = solve_nearest(
-            W_RC.float(), self.layout.entries, rows, snap=self.layout.snap, loops=codebook_loops.LOOPS
-        )
-        return CodebookWeight.of(palette, self.layout)
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """Read the weight back from its tensors on disk."""

@@ -22,9 +22,10 @@ from llmcompress.formats import registry
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.bitsandbytes_layout import Packed, double_quantize
 from llmcompress.formats.codebook import CodebookWeight
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.ggml import GROUP_SIZE, GgmlWeight
 from llmcompress.formats.integer import Int8Weight, IntegerWeight
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GgmlScheme, Int8Scheme, QuantScheme
+from llmcompress.formats.schemes import FourBitScheme, GgmlScheme, Int8Scheme, QuantScheme
 from llmcompress.frontier.choice import Outer, Quantity
 from llmcompress.frontier.costs import Priced
 from llmcompress.frontier.ways import KEEP, Palette, Way

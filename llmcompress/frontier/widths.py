@@ -21,7 +21,8 @@ from llmcompress.architectures.resize import resized
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
-from llmcompress.formats.schemes import CodebookScheme, QuantScheme
+from llmcompress.formats.codebook_scheme import CodebookScheme
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.frontier.costs import SAMPLE, TOKENS, Cost, Priced, header_bytes
 from llmcompress.frontier.ways import KEEP, Way
 from llmcompress.io.journal import JournalFacts

@@ -18,8 +18,9 @@ from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
 from llmcompress.formats import bitsandbytes_layout, integer, registry
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GgmlScheme, Int8Scheme, IntegerScheme
+from llmcompress.formats.schemes import FourBitScheme, GgmlScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.expert_linears import divided_in
 from llmcompress.io.checkpoint import by_module

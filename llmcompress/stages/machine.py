@@ -28,7 +28,8 @@ from llmcompress.algorithms.obs import remove
 from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.smoothing import fitted
 from llmcompress.formats import registry
-from llmcompress.formats.schemes import CodebookScheme, QuantScheme
+from llmcompress.formats.codebook_scheme import CodebookScheme
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.kernels import moments as half_moments
 from llmcompress.kernels.moments import HalfMoments
 from llmcompress.modeling.half_precision import half_precision

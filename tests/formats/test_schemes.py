@@ -19,17 +19,11 @@ from llmcompress.algorithms.overflow import Overflow
 from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error
 from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.ggml import GgmlLayout, GgmlWeight
 from llmcompress.formats.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import linear, stock
-from llmcompress.formats.schemes import (
-    CodebookScheme,
-    FourBitScheme,
-    GgmlScheme,
-    Int8Scheme,
-    IntegerScheme,
-    QuantScheme,
-)
+from llmcompress.formats.schemes import FourBitScheme, GgmlScheme, Int8Scheme, IntegerScheme, QuantScheme
 from tests.models import noise
 
 GridScheme = FourBitScheme | GgmlScheme | Int8Scheme | IntegerScheme

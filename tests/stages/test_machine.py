@@ -10,7 +10,8 @@ import torch
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.formats.codebook import CodebookLayout
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme
+from llmcompress.formats.codebook_scheme import CodebookScheme
+from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.stages.machine import NARROW, ROWS, WIDE, WIDEST, Machine, machine_of
 from llmcompress.stages.quantize.stage import Quantize
 

@@ -15,7 +15,9 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.errors import AcceptError, ModelError, RecipeError
 from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout, CodebookLinear, CodebookWeight
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme, GridSolution, Solution
+from llmcompress.formats.codebook_scheme import CodebookScheme
+from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.formats.solution import GridSolution, Solution
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel

@@ -20,8 +20,8 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import Factors, Moments
 from llmcompress.architectures.spec import LINEARS
 from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.registry import StoredWeight
-from llmcompress.formats.schemes import CodebookScheme
 from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED

@@ -12,7 +12,8 @@ from llmcompress.architectures.spec import LINEARS
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
-from llmcompress.formats.schemes import CodebookScheme, FourBitScheme
+from llmcompress.formats.codebook_scheme import CodebookScheme
+from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.io.journal import Journal
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel

@@ -16,16 +16,10 @@ from pydantic import Field, model_validator
 
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.codebook_scheme import CodebookScheme
 from llmcompress.formats.ggml import GROUP_SIZE, GgmlLayout
 from llmcompress.formats.integer import FORMATS, IntegerLayout
-from llmcompress.formats.schemes import (
-    CodebookScheme,
-    FourBitScheme,
-    GgmlScheme,
-    Int8Scheme,
-    IntegerScheme,
-    QuantScheme,
-)
+from llmcompress.formats.schemes import FourBitScheme, GgmlScheme, Int8Scheme, IntegerScheme, QuantScheme
 from llmcompress.stages.base import Settings
 
 

@@ -17,7 +17,8 @@ from llmcompress.algorithms.quantize_weight import output_error
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
-from llmcompress.formats.schemes import IntegerScheme, QuantScheme, Solution
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.formats.solution import Solution
 from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
